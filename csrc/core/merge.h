@@ -1,0 +1,152 @@
+// Weighted sums of permuted networks: out[l] = sum_m weights[l, m] P_m(flat[m]), one pass.
+//
+// float16 and bfloat16 are summed in float32 and rounded once.
+#pragma once
+
+#include "permute.h"
+
+namespace weightops {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+};
+
+namespace detail {
+
+// Written without branches so that the loops around them vectorise.
+inline float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float widen(float value) { return value; }
+inline double widen(double value) { return value; }
+inline float widen(BFloat16 value) { return bits_to_float(uint32_t{value.bits} << 16); }
+inline float widen(Half value) {
+  const uint32_t sign = (value.bits & 0x8000u) << 16, magnitude = value.bits & 0x7fffu;
+  // The multiplication rebiases the exponent and normalises subnormal numbers.
+  const float scaled = bits_to_float(magnitude << 13) * 0x1p112f;
+  const uint32_t finite = float_to_bits(scaled), special = 0x7f800000u | magnitude << 13;
+  return bits_to_float(sign | (magnitude >= 0x7c00u ? special : finite));
+}
+
+inline void narrow(float value, float& out) { out = value; }
+inline void narrow(double value, double& out) { out = value; }
+inline void narrow(float value, BFloat16& out) {
+  const uint32_t bits = float_to_bits(value);
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+  out.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40 : rounded);
+}
+inline void narrow(float value, Half& out) {
+  const uint32_t bits = float_to_bits(value), magnitude = bits & 0x7fffffffu;
+  const uint32_t rounded = (magnitude + 0xfffu + (magnitude >> 13 & 1) - 0x38000000u) >> 13;
+  // Below 2^-14 the addition of 0.5 puts half's last place at float's last place, rounding to even.
+  const uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+  uint32_t half = magnitude < 0x38800000u ? subnormal : rounded;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  out.bits = static_cast<uint16_t>(half | (bits >> 16 & 0x8000u));
+}
+
+// The same loops for each instruction set.
+#define WEIGHTOPS_MERGE_LOOPS(suffix, attribute)                                               \
+  template <class T, class Sum>                                                                \
+  attribute void scale_##suffix(Sum* sum, const T* value, Sum weight, int64_t count) {         \
+    for (int64_t i = 0; i < count; ++i) sum[i] = weight * widen(value[i]);                     \
+  }                                                                                            \
+  template <class T, class Sum>                                                                \
+  attribute void accumulate_##suffix(Sum* sum, const T* value, Sum weight, int64_t count) {    \
+    for (int64_t i = 0; i < count; ++i) sum[i] += weight * widen(value[i]);                    \
+  }                                                                                            \
+  template <class T, class Sum>                                                                \
+  attribute void round_##suffix(T* out, const Sum* sum, int64_t count) {                       \
+    for (int64_t i = 0; i < count; ++i) narrow(sum[i], out[i]);                                \
+  }
+WEIGHTOPS_MERGE_LOOPS(generic, )
+#if WEIGHTOPS_X86
+WEIGHTOPS_MERGE_LOOPS(avx2, WEIGHTOPS_AVX2)
+WEIGHTOPS_MERGE_LOOPS(avx512, WEIGHTOPS_AVX512)
+#define WEIGHTOPS_BY_ISA(function, ...)                                       \
+  (isa() == Isa::avx512 ? detail::function##_avx512(__VA_ARGS__)              \
+   : isa() == Isa::avx2 ? detail::function##_avx2(__VA_ARGS__)                \
+                        : detail::function##_generic(__VA_ARGS__))
+#else
+#define WEIGHTOPS_BY_ISA(function, ...) detail::function##_generic(__VA_ARGS__)
+#endif
+#undef WEIGHTOPS_MERGE_LOOPS
+
+}  // namespace detail
+
+// Networks of one merge: `index` is absent (data null) where they are taken as they are.
+struct MergeProblem {
+  const Plan& plan;
+  int64_t networks, outputs;
+  Rows<const char> flat;
+  Rows<const int64_t> index;
+};
+
+// Output elements [begin, end) of every merged network. False on an index that is no permutation.
+template <class T>
+bool merge_range(const MergeProblem& problem, const typename Accumulator<T>::type* weights,
+                 Rows<char> out, int64_t begin, int64_t end) {
+  using Sum = typename Accumulator<T>::type;
+  const bool permuted = problem.index.data != nullptr;
+  std::vector<Maps> maps(permuted ? problem.networks : 0);
+  for (size_t m = 0; m < maps.size(); ++m)
+    if (!maps[m].load(problem.plan, problem.index.data + m * problem.index.stride, false))
+      return false;
+  // Sums of all outputs over a run stay in the second-level cache.
+  const int64_t run_limit =
+      std::max<int64_t>(256, std::min<int64_t>(2048, 131072 / std::max<int64_t>(1, problem.outputs)));
+  std::vector<Sum> sums(problem.outputs * run_limit);
+  std::vector<T> staged(run_limit);
+  Cursor start(problem.plan, sizeof(T), false);
+  while (begin < end) {
+    const int64_t run = std::min(run_limit, end - begin);
+    start.seek(begin);
+    for (int64_t m = 0; m < problem.networks; ++m) {
+      const char* network = problem.flat.data + m * problem.flat.stride * sizeof(T);
+      const T* values = reinterpret_cast<const T*>(network) + begin;
+      if (permuted) {
+        Cursor cursor = start;
+        cursor.fill(maps[m], network, reinterpret_cast<char*>(staged.data()), run);
+        values = staged.data();
+      }
+      for (int64_t l = 0; l < problem.outputs; ++l) {
+        Sum* sum = sums.data() + l * run_limit;
+        const Sum weight = weights[l * problem.networks + m];
+        if (m == 0)
+          WEIGHTOPS_BY_ISA(scale, sum, values, weight, run);
+        else
+          WEIGHTOPS_BY_ISA(accumulate, sum, values, weight, run);
+      }
+    }
+    for (int64_t l = 0; l < problem.outputs; ++l) {
+      const Sum* sum = sums.data() + l * run_limit;
+      char* to = out.data + (l * out.stride + begin) * sizeof(T);
+      WEIGHTOPS_BY_ISA(round, reinterpret_cast<T*>(to), sum, run);
+    }
+    begin += run;
+  }
+  return true;
+}
+
+}  // namespace weightops

@@ -1,0 +1,11 @@
+"""weightops: kernels for programs whose data are neural networks' weights."""
+
+from weightops import _load
+from weightops._version import __version__
+from weightops.ops.assign import assign
+from weightops.ops.permute import merge, permute, permute_axes
+from weightops.spec import WeightSpec
+
+_load.load()
+
+__all__ = ["WeightSpec", "__version__", "assign", "merge", "permute", "permute_axes"]

@@ -1,0 +1,112 @@
+"""Argument checks. Every message names the argument, what was expected and what was given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def describe(value: Any) -> str:
+    """A value as messages show it."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def tensor(where: str, name: str, value: Any, shape: str, dims: int | None = None) -> None:
+    """``value`` must be a tensor, with ``dims`` axes where given; ``shape`` is how docs write it."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where}: {name} must be a tensor {shape}, not {describe(value)}")
+    if dims is not None and value.dim() != dims:
+        raise ValueError(f"{where}: {name} must have shape {shape}, not {list(value.shape)}")
+
+
+def size(where: str, name: str, given: int, expected: int, of: str) -> None:
+    """Length ``given`` must equal ``expected``, which is the size of ``of``."""
+    if given != expected:
+        raise ValueError(f"{where}: {name} has length {given}, but {of} has size {expected}")
+
+
+def same_device(where: str, name: str, value: Tensor, other: str, reference: Tensor) -> None:
+    if value.device != reference.device:
+        raise ValueError(
+            f"{where}: {name} is on {value.device}, but {other} is on {reference.device}"
+        )
+
+
+def floating(where: str, name: str, value: Tensor) -> None:
+    if not value.is_floating_point():
+        raise TypeError(f"{where}: {name} must be floating point, not {value.dtype}")
+
+
+def flag(where: str, name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{where}: {name} must be True or False, not {describe(value)}")
+
+
+def index_dtype(where: str, name: str, value: Tensor) -> None:
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{where}: {name} must be int64 or int32, not {value.dtype}")
+
+
+def finite(where: str, name: str, value: Tensor) -> None:
+    bad = ~torch.isfinite(value)
+    if bad.any():
+        at = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"{where}: {name} must be finite, but {name}{at} is {value[tuple(at)].item()}"
+        )
+
+
+def permutation_fault(index: Tensor) -> str | None:
+    """What keeps a row of ``index`` [..., n] from being a permutation of 0 .. n - 1, or ``None``."""
+    n = index.shape[-1]
+    outside = (index < 0) | (index >= n)
+    if outside.any():
+        at = outside.nonzero()[0].tolist()
+        return f"entry {at} is {index[tuple(at)].item()}, outside 0..{n - 1}"
+    counts = torch.zeros(index.shape, dtype=torch.int64, device=index.device)
+    counts.scatter_add_(-1, index.long(), torch.ones_like(counts))
+    twice = counts > 1
+    if twice.any():
+        *row, value = twice.nonzero()[0].tolist()
+        where = f" in row {row[0] if len(row) == 1 else row}" if row else ""
+        return f"{value} stands {counts[(*row, value)].item()} times{where}"
+    return None
+
+
+def out_buffer(
+    where: str, out: Any, shape: Sequence[int], like: Tensor, inputs: Sequence[Tensor]
+) -> None:
+    """``out`` must be able to take a result of ``shape`` and of ``like``'s dtype and device."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"{where}: out must be a tensor, not {describe(out)}")
+    if list(out.shape) != list(shape):
+        raise ValueError(f"{where}: out must have shape {list(shape)}, not {list(out.shape)}")
+    if out.dtype != like.dtype:
+        raise TypeError(f"{where}: out must be {like.dtype}, not {out.dtype}")
+    same_device(where, "out", out, "the input", like)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, out)):
+        raise ValueError(
+            f"{where}: out= does not record gradients; call without out, or under torch.no_grad()"
+        )
+    if torch.compiler.is_compiling() or out.numel() == 0:
+        return
+    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(f"{where}: out must not be an expanded tensor (strides {out.stride()})")
+    begin, end = _extent(out)
+    for value in inputs:
+        if value.numel() and value.device == out.device:
+            first, last = _extent(value)
+            if first < end and begin < last:
+                raise ValueError(f"{where}: out shares memory with an input")
+
+
+def _extent(value: Tensor) -> tuple[int, int]:
+    span = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) + 1
+    begin = value.data_ptr()
+    return begin, begin + span * value.element_size()

@@ -1,0 +1,140 @@
+"""The one way to declare an op: schema, reference, fake, derivatives and batching, once, in Python.
+
+Compiled kernels only register faster implementations under their dispatch key, so an op exists, is
+right and is differentiable with no compiled library at all.
+
+Two holes in torch (2.10 to 2.14) shape the front door that :func:`define` returns:
+an op with ``register_autograd`` raises under ``torch.func.grad`` and gives zero tangents under
+``jvp`` (pytorch #168393, #170834, #179652), and ``torch.compile(torch.func.grad(f))`` gives zero
+gradients for an ``autograd.Function`` over an opaque op. Hence: compiling inside a transform takes
+the reference, eager inside a transform takes an ``autograd.Function``, and all else the raw op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+NAMESPACE = "weightops"
+_library = torch.library.Library(NAMESPACE, "DEF")
+_transforms_active = torch._C._are_functorch_transforms_active
+
+#: names of all ops declared, in order; ``python -m weightops.info`` lists their kernels
+names: list[str] = []
+
+
+def _declare(schema: str, kernel: Callable, fake: Callable) -> tuple[str, Callable]:
+    name = schema.split("(", 1)[0]
+    names.append(name)
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
+    return name, getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def define(
+    schema: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    vmap: Callable,
+    check: Callable | None = None,
+    backward: Callable | None = None,
+    jvp: Callable | None = None,
+) -> Callable:
+    """Declare ``weightops::name`` and return its front door, called with the schema's arguments.
+
+    Args:
+        schema: the op's schema, without namespace.
+        reference: the definition in plain torch; differentiable and traceable.
+        fake: the same on shapes alone.
+        vmap: ``vmap(batch_size, in_dims, *args) -> (output, out_dims)``.
+        check: ``check(*args)`` raises on values the reference would take silently; it stands in for
+            the checks that a compiled kernel makes itself.
+        backward: ``backward(args, needs, *grads) -> input gradients``; ``needs`` says per argument
+            whether its gradient is wanted. ``None``, with ``jvp``, where nothing is differentiable.
+        jvp: ``jvp(args, *tangents) -> output tangent``; a tangent may be ``None``.
+
+    Write ``backward`` and ``jvp`` with front doors, and higher derivatives need nothing more.
+    """
+
+    def kernel(*args: Any) -> Any:
+        if check is not None:
+            check(*args)
+        return reference(*args)
+
+    name, raw = _declare(schema, kernel, fake)
+
+    if backward is None:
+        # Nothing to differentiate, so functorch needs to know no more than how to batch.
+        torch.library.register_vmap(
+            f"{NAMESPACE}::{name}", lambda info, dims, *args: vmap(info.batch_size, dims, *args)
+        )
+        return raw
+
+    def setup_context(ctx: Any, inputs: Sequence, output: Any) -> None:
+        ctx.tensors = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
+        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+        tensors = [inputs[i] for i in ctx.tensors]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    def saved_inputs(ctx: Any) -> list:
+        inputs = list(ctx.others)
+        for i, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+            inputs[i] = tensor
+        return inputs
+
+    def run_backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return backward(saved_inputs(ctx), ctx.needs_input_grad, *grads)
+
+    def run_jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        return jvp(saved_inputs(ctx), *tangents)
+
+    # Where somebody goes round the front door this is a tripwire: an error instead of a zero.
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}", run_backward, setup_context=setup_context
+    )
+
+    transformed = type(
+        name,
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(lambda *args: raw(*args)),
+            "setup_context": staticmethod(setup_context),
+            "backward": staticmethod(run_backward),
+            "jvp": staticmethod(run_jvp),
+            "vmap": staticmethod(lambda info, dims, *args: vmap(info.batch_size, dims, *args)),
+        },
+    )
+
+    def front_door(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return reference(*args) if _transforms_active() else raw(*args)
+        if _transforms_active() or forward_ad._current_level >= 0:
+            return transformed.apply(*args)
+        return raw(*args)
+
+    front_door.__name__ = name
+    front_door.raw = raw  # type: ignore[attr-defined]
+    front_door.reference = reference  # type: ignore[attr-defined]
+    return front_door
+
+
+def define_into(schema: str, *, of: Callable) -> Callable:
+    """Declare the variant of an op that writes into its last argument, ``Tensor(a!) out``."""
+
+    def kernel(*args: Any) -> None:
+        *inputs, out = args
+        out.copy_(of.raw(*inputs))  # type: ignore[attr-defined]
+
+    return _declare(schema, kernel, lambda *args: None)[1]
+
+
+def moved_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """``tensor`` with its vmapped axis first; an unbatched one is repeated as a view."""
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)

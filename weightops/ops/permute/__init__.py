@@ -1,0 +1,372 @@
+"""Batched permutation apply: whole networks, single tensors, and permuted weighted sums."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weightops import _check, _op
+from weightops.ops.permute import reference
+from weightops.ops.permute.plan import plan as plan_of
+from weightops.spec import Permutations, WeightSpec
+
+
+def _same_as_first(first: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(first, memory_format=torch.contiguous_format)
+
+
+def _check_index(index: Tensor, lengths: Sequence[int]) -> None:
+    for part in index.split(list(lengths), 1):
+        if fault := _check.permutation_fault(part):
+            raise RuntimeError(f"index holds a row that is no permutation: {fault}")
+
+
+def _check_permute(flat: Tensor, index: Tensor, code: Sequence[int], inverse: bool = False) -> None:
+    _check_index(index, reference.decode(code).label_sizes)
+
+
+def _check_axes(x: Tensor, index: Tensor, axes: Sequence[int], inverse: bool = False) -> None:
+    _check_index(index, [x.shape[axis] for axis in axes])
+
+
+def _check_merge(flat: Tensor, weights: Tensor, index: Tensor | None, code: Sequence[int]) -> None:
+    if index is not None:
+        _check_permute(flat, index, code)
+
+
+def _fold(size: int, dims: Sequence[int | None], x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Networks and indices [V, N, ...] as [V * N, ...]; an index shared by all stays one row."""
+    x = _op.moved_front(x, dims[0], size)
+    if dims[1] is None and index.shape[0] == 1:
+        return x.flatten(0, 1), index
+    index = _op.moved_front(index, dims[1], size)
+    return x.flatten(0, 1), index.expand(size, x.shape[1], -1).flatten(0, 1)
+
+
+def _permute_vmap(size: int, dims: Sequence, flat: Tensor, index: Tensor, *rest: Any) -> tuple:
+    folded = _permute(*_fold(size, dims, flat, index), *rest)
+    return folded.unflatten(0, (size, -1)), 0
+
+
+_permute = _op.define(
+    "permute(Tensor flat, Tensor index, int[] plan, bool inverse=False) -> Tensor",
+    reference=reference.permute,
+    fake=_same_as_first,
+    check=_check_permute,
+    vmap=_permute_vmap,
+    backward=lambda args, needs, grad: (
+        _permute(grad, args[1], args[2], not args[3]),
+        None,
+        None,
+        None,
+    ),
+    jvp=lambda args, flat, *_: _permute(flat, *args[1:]),
+)
+_permute_into = _op.define_into(
+    "permute_into(Tensor flat, Tensor index, int[] plan, bool inverse, Tensor(a!) out) -> ()",
+    of=_permute,
+)
+
+
+def _axes_vmap(size: int, dims: Sequence, x: Tensor, index: Tensor, *rest: Any) -> tuple:
+    folded = _permute_axes(*_fold(size, dims, x, index), *rest)
+    return folded.unflatten(0, (size, -1)), 0
+
+
+_permute_axes = _op.define(
+    "permute_axes(Tensor x, Tensor index, int[] axes, bool inverse=False) -> Tensor",
+    reference=reference.permute_axes,
+    fake=_same_as_first,
+    check=_check_axes,
+    vmap=_axes_vmap,
+    backward=lambda args, needs, grad: (
+        _permute_axes(grad, args[1], args[2], not args[3]),
+        None,
+        None,
+        None,
+    ),
+    jvp=lambda args, x, *_: _permute_axes(x, *args[1:]),
+)
+_permute_axes_into = _op.define_into(
+    "permute_axes_into(Tensor x, Tensor index, int[] axes, bool inverse, Tensor(a!) out) -> ()",
+    of=_permute_axes,
+)
+
+
+def _merge_fake(flat: Tensor, weights: Tensor, *_: Any) -> Tensor:
+    return flat.new_empty(weights.shape[0], flat.shape[1])
+
+
+def _permuted(flat: Tensor, index: Tensor | None, code: Sequence[int]) -> Tensor:
+    return flat if index is None else _permute(flat, index, code, False)
+
+
+def _merge_backward(args: Sequence, needs: Sequence[bool], grad: Tensor) -> tuple:
+    flat, weights, index, code = args
+    to_flat = to_weights = None
+    if needs[0]:
+        to_flat = _merge(grad, weights.mT, None, code)
+        if index is not None:
+            to_flat = _permute(to_flat, index, code, True)
+    if needs[1]:
+        networks = _permuted(flat, index, code)
+        to_weights = grad.to(weights.dtype) @ networks.to(weights.dtype).mT
+    return to_flat, to_weights, None, None
+
+
+def _merge_jvp(args: Sequence, flat: Tensor | None, weights: Tensor | None, *_: Any) -> Any:
+    parts = []
+    if flat is not None:
+        parts.append(_merge(flat, *args[1:]))
+    if weights is not None:
+        parts.append(_merge(args[0], weights, *args[2:]))
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+def _merge_vmap(
+    size: int, dims: Sequence, flat: Tensor, weights: Tensor, index: Tensor | None, code: Sequence
+) -> tuple:
+    if dims[0] is None and dims[2] is None:
+        weights = _op.moved_front(weights, dims[1], size)
+        return _merge(flat, weights.flatten(0, 1), index, code).unflatten(0, (size, -1)), 0
+    if index is not None:
+        folded = _fold(size, (dims[0], dims[2]), flat, index)
+        networks = _permute(*folded, code, False).unflatten(0, (size, -1))
+    else:
+        networks = _op.moved_front(flat, dims[0], size)
+    weights = _op.moved_front(weights, dims[1], size)
+    return (weights @ networks.to(weights.dtype)).to(flat.dtype), 0
+
+
+_merge = _op.define(
+    "merge(Tensor flat, Tensor weights, Tensor? index, int[] plan) -> Tensor",
+    reference=reference.merge,
+    fake=_merge_fake,
+    check=_check_merge,
+    vmap=_merge_vmap,
+    backward=_merge_backward,
+    jvp=_merge_jvp,
+)
+_merge_into = _op.define_into(
+    "merge_into(Tensor flat, Tensor weights, Tensor? index, int[] plan, Tensor(a!) out) -> ()",
+    of=_merge,
+)
+
+
+def _pack(where: str, perms: Permutations, spec: WeightSpec, flat: Tensor) -> Tensor:
+    """Permutations of all labels side by side, [N or 1, total size], in the spec's order."""
+    spec.check_permutations(where, perms, values=False)
+    n = flat.shape[0]
+    parts, rows = [], 1
+    for label, size in spec.labels.items():
+        part = perms.get(label)
+        if part is None:
+            parts.append(torch.arange(size, device=flat.device)[None])
+            continue
+        _check.same_device(where, f"perms[{label!r}]", part, "flat", flat)
+        if part.dim() == 1:
+            part = part[None]
+        else:
+            if part.shape[0] != n:
+                raise ValueError(
+                    f"{where}: perms[{label!r}] has {part.shape[0]} rows, but flat has {n} networks"
+                )
+            rows = n
+        parts.append(part)
+    if rows != 1:
+        parts = [part.expand(rows, -1) for part in parts]
+    index = torch.cat(parts, 1) if parts else flat.new_empty(1, 0, dtype=torch.int64)
+    return index if index.dtype == torch.int64 else index.long()
+
+
+def _run(where: str, op: Any, args: tuple, explain: Any) -> Any:
+    """Call ``op``; where it refuses its index, let ``explain`` say which argument is at fault."""
+    if torch.compiler.is_compiling():
+        return op(*args)
+    if args[0].is_cuda and not torch.cuda.is_current_stream_capturing():
+        explain()
+    try:
+        return op(*args)
+    except RuntimeError:
+        explain()
+        raise
+
+
+def _check_networks(where: str, flat: Any, spec: Any) -> None:
+    if not isinstance(spec, WeightSpec):
+        raise TypeError(f"{where}: spec must be a WeightSpec, not {_check.describe(spec)}")
+    spec._check_flat(where, flat, dims=2)
+
+
+def permute(
+    flat: Tensor,
+    perms: Permutations,
+    spec: WeightSpec,
+    *,
+    inverse: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Permute whole networks in one pass: ``out[n].W[i, j] = W[p[n, i], q[n, j]]``.
+
+    Args:
+        flat: networks ``[N, P]`` of any dtype, laid out by ``spec``; rows may have any strides.
+        perms: label -> int64 or int32 ``[N, size]``, or ``[size]`` for all networks; a label that is
+            absent stays as it is.
+        spec: axes and layout of one network.
+        inverse: apply the inverse permutations: ``out[n].W[p[n, i], q[n, j]] = W[i, j]``.
+        out: buffer ``[N, P]`` to write into and return; not differentiable.
+
+    Returns:
+        ``[N, P]``, contiguous. Gradients flow to ``flat``.
+
+    Raises:
+        ValueError: shapes, labels, devices or rows do not fit, or an entry of ``perms`` is no
+            permutation. Under ``torch.compile`` and while a CUDA graph is captured the values of
+            ``perms`` on a GPU are not looked at.
+        TypeError: an argument has the wrong type or dtype.
+    """
+    _check_networks("permute", flat, spec)
+    _check.flag("permute", "inverse", inverse)
+    args = (flat, _pack("permute", perms, spec, flat), plan_of(spec), inverse)
+    op = _permute
+    if out is not None:
+        _check.out_buffer("permute", out, flat.shape, flat, (flat,))
+        op, args = _permute_into, (*args, out)
+    result = _run("permute", op, args, lambda: _explain(spec, "permute", perms))
+    return result if out is None else out
+
+
+def _explain(spec: WeightSpec, where: str, perms: Permutations) -> None:
+    spec.check_permutations(where, perms)
+
+
+def permute_axes(
+    x: Tensor,
+    perms: Sequence[Tensor | None],
+    *,
+    inverse: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Permute the axes of a batch of tensors: ``out[b, i, j] = x[b, p[b, i], q[b, j]]``.
+
+    Args:
+        x: ``[B, ...]`` of any dtype and strides.
+        perms: one entry per axis behind the first: int64 or int32 ``[B, n]``, ``[n]`` for the whole
+            batch, or ``None`` where the axis stays.
+        inverse: apply the inverse permutations: ``out[b, p[b, i], q[b, j]] = x[b, i, j]``.
+        out: buffer of ``x``'s shape to write into and return; not differentiable.
+
+    Returns:
+        A contiguous tensor of ``x``'s shape. Gradients flow to ``x``.
+
+    Raises:
+        ValueError: lengths, shapes or devices do not fit, or an entry is no permutation.
+        TypeError: an argument has the wrong type or dtype.
+    """
+    where = "permute_axes"
+    _check.tensor(where, "x", x, "[B, ...]")
+    _check.flag(where, "inverse", inverse)
+    if isinstance(perms, Tensor) or not isinstance(perms, Sequence):
+        raise TypeError(
+            f"{where}: perms must be a list with an entry per axis of x behind the first, "
+            f"not {_check.describe(perms)}"
+        )
+    if x.dim() == 0 or len(perms) != x.dim() - 1:
+        raise ValueError(
+            f"{where}: perms has {len(perms)} entries, but x {list(x.shape)} "
+            f"has {max(x.dim() - 1, 0)} axes behind the first"
+        )
+    axes, parts, rows = [], [], 1
+    for axis, part in enumerate(perms, start=1):
+        if part is None:
+            continue
+        name, n = f"perms[{axis - 1}]", x.shape[axis]
+        _check.tensor(where, name, part, f"[{x.shape[0]}, {n}] or [{n}]")
+        if part.dim() not in (1, 2) or part.dim() == 2 and part.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"{where}: {name} must have shape [{x.shape[0]}, {n}] or [{n}], "
+                f"not {list(part.shape)}"
+            )
+        _check.index_dtype(where, name, part)
+        _check.size(where, name, part.shape[-1], n, f"axis {axis} of x")
+        _check.same_device(where, name, part, "x", x)
+        rows = x.shape[0] if part.dim() == 2 else rows
+        axes.append(axis)
+        parts.append(part if part.dim() == 2 else part[None])
+    if rows != 1:
+        parts = [part.expand(rows, -1) for part in parts]
+    index = torch.cat(parts, 1).long() if parts else x.new_empty(1, 0, dtype=torch.int64)
+    args, op = (x, index, axes, inverse), _permute_axes
+    if out is not None:
+        _check.out_buffer(where, out, x.shape, x, (x,))
+        op, args = _permute_axes_into, (*args, out)
+
+    def explain() -> None:
+        for axis, part in zip(axes, parts, strict=True):
+            if fault := _check.permutation_fault(part):
+                raise ValueError(
+                    f"{where}: perms[{axis - 1}] is no permutation of 0..{x.shape[axis] - 1}: {fault}"
+                )
+
+    result = _run(where, op, args, explain)
+    return result if out is None else out
+
+
+def merge(
+    flat: Tensor,
+    weights: Tensor | Sequence,
+    spec: WeightSpec,
+    *,
+    perms: Permutations | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Weighted sums of permuted networks in one pass: ``sum_m weights[..., m] P_m(flat[m])``.
+
+    Args:
+        flat: networks ``[M, P]``, floating point; float16 and bfloat16 are summed in float32.
+        weights: ``[M]``, or ``[L, M]`` for L sums at once (points of a path); numbers or a tensor.
+        spec: axes and layout of one network.
+        perms: as for :func:`permute`; ``None`` takes the networks as they are.
+        out: buffer of the result's shape to write into and return; not differentiable.
+
+    Returns:
+        ``[P]`` or ``[L, P]`` of ``flat``'s dtype. Gradients flow to ``flat`` and ``weights``.
+
+    Raises:
+        ValueError: shapes, labels or devices do not fit, or an entry of ``perms`` is no permutation.
+        TypeError: an argument has the wrong type or dtype.
+    """
+    where = "merge"
+    _check_networks(where, flat, spec)
+    _check.floating(where, "flat", flat)
+    accumulate = torch.float64 if flat.dtype == torch.float64 else torch.float32
+    if not isinstance(weights, Tensor):
+        try:
+            weights = torch.tensor(weights, dtype=accumulate, device=flat.device)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"{where}: weights must be numbers [M] or [L, M], not {_check.describe(weights)}"
+            ) from None
+    _check.same_device(where, "weights", weights, "flat", flat)
+    if weights.is_complex() or weights.dtype == torch.bool:
+        raise TypeError(f"{where}: weights must be real numbers, not {weights.dtype}")
+    m = flat.shape[0]
+    if weights.dim() not in (1, 2) or weights.shape[-1] != m:
+        raise ValueError(
+            f"{where}: weights must have shape [{m}] or [L, {m}] for {m} networks, "
+            f"not {list(weights.shape)}"
+        )
+    if m == 0:
+        raise ValueError(f"{where}: flat holds no network")
+    index = None if perms is None else _pack(where, perms, spec, flat)
+    rows = weights.to(accumulate).reshape(-1, m)
+    shape = (*weights.shape[:-1], flat.shape[1])
+    args, op = (flat, rows, index, plan_of(spec)), _merge
+    if out is not None:
+        _check.out_buffer(where, out, shape, flat, (flat, weights))
+        op, args = _merge_into, (*args, out.view(rows.shape[0], -1) if weights.dim() == 2 else out[None])
+    result = _run(where, op, args, lambda: _explain(spec, where, perms or {}))
+    return result.view(shape) if out is None else out

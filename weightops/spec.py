@@ -1,0 +1,503 @@
+"""The one data model: what the axes of a network's tensors mean, and how they lie in a flat tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from math import prod
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from weightops import _check
+
+#: a label, a product of labels and fixed factors, or ``None`` for a fixed axis
+Axis: TypeAlias = str | tuple[str | None, ...] | None
+Permutations: TypeAlias = Mapping[str, Tensor]
+Model: TypeAlias = nn.Module | Mapping[str, Tensor]
+
+
+class WeightSpec:
+    """The permutation symmetries and the flat layout of one architecture's weights.
+
+    Axes with equal labels permute together, within and across tensors, and have equal lengths::
+
+        spec = WeightSpec(
+            {"fc1.weight": ("h", None), "fc1.bias": ("h",), "fc2.weight": (None, "h")},
+            {"fc1.weight": (128, 784), "fc1.bias": (128,), "fc2.weight": (10, 128)},
+        )
+
+    An axis that is a product of labels is given as a tuple, slowest factor first: ``("head", "dim")``
+    for the rows of a query projection, ``("channel", None)`` for a linear layer that reads a
+    flattened ``[channel, height, width]`` map (at most one factor may be ``None``).
+
+    Instances are immutable and hashable; equal ones have the same axes, shapes and label sizes.
+
+    Args:
+        axes: per tensor one entry per axis: a label, a tuple of labels, or ``None`` (fixed). The
+            order of the tensors is their order in the flat layout.
+        shapes: per tensor its shape; the same names as ``axes``.
+        sizes: sizes of labels that the shapes do not tell, such as ``{"head": 4}`` where ``head``
+            stands only in products with another such label.
+
+    Raises:
+        TypeError: an axis entry is no label, tuple or ``None``; a length is no integer.
+        ValueError: names differ between ``axes`` and ``shapes``, ranks differ, one label has two
+            sizes, or a label's size cannot be told.
+    """
+
+    __slots__ = ("_axes", "_cache", "_labels", "_numel", "_offsets", "_shapes")
+
+    _axes: dict[str, tuple[Axis, ...]]
+    _shapes: dict[str, torch.Size]
+    _labels: dict[str, int]
+    _offsets: dict[str, int]
+    _numel: int
+    _cache: dict[str, Any]
+
+    def __init__(
+        self,
+        axes: Mapping[str, Sequence[Axis]],
+        shapes: Mapping[str, Sequence[int]],
+        *,
+        sizes: Mapping[str, int] | None = None,
+    ) -> None:
+        for name, value in (("axes", axes), ("shapes", shapes)):
+            if not isinstance(value, Mapping):
+                raise TypeError(
+                    f"WeightSpec: {name} must map tensor names, not {_check.describe(value)}"
+                )
+        for name in axes.keys() ^ shapes.keys():
+            has, lacks = ("axes", "shapes") if name in axes else ("shapes", "axes")
+            raise ValueError(f"WeightSpec: {name!r} is in {has}, but not in {lacks}")
+        checked_axes = {name: _axes_of(name, axes[name]) for name in axes}
+        checked_shapes = {name: _shape_of(name, shapes[name]) for name in axes}
+        for name, shape in checked_shapes.items():
+            if len(shape) != len(checked_axes[name]):
+                raise ValueError(
+                    f"WeightSpec: {name} has shape {list(shape)}, but axes gives it "
+                    f"{len(checked_axes[name])} entries {checked_axes[name]}"
+                )
+        labels = _label_sizes(checked_axes, checked_shapes, sizes or {})
+        *offsets, numel = accumulate(map(prod, checked_shapes.values()), initial=0)
+        for attribute, value in (
+            ("_axes", checked_axes),
+            ("_shapes", checked_shapes),
+            ("_labels", labels),
+            ("_offsets", dict(zip(checked_shapes, offsets, strict=True))),
+            ("_numel", numel),
+            ("_cache", {}),
+        ):
+            object.__setattr__(self, attribute, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"WeightSpec is immutable; {name} can't be set")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"WeightSpec is immutable; {name} can't be deleted")
+
+    @property
+    def axes(self) -> Mapping[str, tuple[Axis, ...]]:
+        """Tensor -> one entry per axis, in layout order."""
+        return MappingProxyType(self._axes)
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Tensor -> shape, in layout order."""
+        return MappingProxyType(self._shapes)
+
+    @property
+    def labels(self) -> Mapping[str, int]:
+        """Label -> size, in order of first appearance."""
+        return MappingProxyType(self._labels)
+
+    @property
+    def offsets(self) -> Mapping[str, int]:
+        """Tensor -> where it starts in the flat layout."""
+        return MappingProxyType(self._offsets)
+
+    @property
+    def numel(self) -> int:
+        """Number of weights P of one network."""
+        return self._numel
+
+    def factors(self, name: str, axis: int) -> tuple[tuple[str | None, int], ...]:
+        """The ``(label, size)`` factors of one axis, slowest first; a fixed one has label ``None``."""
+        entry, length = self._axes[name][axis], self._shapes[name][axis]
+        if not isinstance(entry, tuple):
+            return ((entry, length),)
+        known = prod(self._labels[label] for label in entry if label is not None)
+        rest = length // known if known else 0
+        return tuple((label, rest if label is None else self._labels[label]) for label in entry)
+
+    def occurrences(self, label: str) -> Iterator[tuple[str, int]]:
+        """Every ``(tensor, axis)`` that carries ``label``, alone or as a factor."""
+        for name, entries in self._axes.items():
+            for axis, entry in enumerate(entries):
+                if label == entry or (isinstance(entry, tuple) and label in entry):
+                    yield name, axis
+
+    def flatten(self, models: Model | Sequence[Model]) -> Tensor:
+        """Lay networks out as ``[N, P]``.
+
+        Args:
+            models: a module, a state dict, or a list of them. Tensors must share one dtype and
+                device. Integer tensors that the spec does not name (step counters) and further names
+                of a tensor that it does name (tied weights) are left out.
+
+        Returns:
+            ``[N, P]``, N = 1 for a single model; differentiable where the tensors are.
+
+        Raises:
+            ValueError: a tensor is missing, has another shape or device, or is not in the spec.
+            TypeError: a tensor has another dtype; ``models`` is no model.
+        """
+        listed = [models] if isinstance(models, (nn.Module, Mapping)) else models
+        if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed:
+            raise TypeError(
+                "flatten: models must be a module, a state dict or a non-empty list of them, "
+                f"not {_check.describe(models)}"
+            )
+        pieces: list[Tensor] = []
+        for n, model in enumerate(listed):
+            state = self._state("flatten", f"models[{n}]" if listed is models else "models", model)
+            first = pieces[0] if pieces else next(iter(state.values()), None)
+            for name, tensor in state.items():
+                assert first is not None
+                if tensor.dtype != first.dtype:
+                    raise TypeError(f"flatten: {name} is {tensor.dtype}, others are {first.dtype}")
+                _check.same_device("flatten", name, tensor, "others", first)
+                pieces.append(tensor.reshape(-1))
+        flat = torch.cat(pieces) if pieces else torch.empty(0)
+        return flat.view(len(listed), self._numel)
+
+    def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
+        """Tensor -> view ``[..., *shape]`` of ``flat`` ``[..., P]``; nothing is copied.
+
+        Raises:
+            ValueError: the last axis is not P long.
+            TypeError: ``flat`` is no tensor.
+        """
+        self._check_flat("unflatten", flat)
+        return {
+            name: flat.narrow(-1, offset, prod(shape)).unflatten(-1, shape)
+            if shape
+            else flat.select(-1, offset)
+            for (name, shape), offset in zip(
+                self._shapes.items(), self._offsets.values(), strict=True
+            )
+        }
+
+    @torch.no_grad()
+    def load_(self, model: nn.Module, row: Tensor) -> nn.Module:
+        """Copy one network, ``row`` ``[P]``, into ``model``'s tensors in place, and return it.
+
+        Raises:
+            ValueError: ``row`` is not P long, or the model's tensors are not the spec's.
+            TypeError: ``model`` is no module, ``row`` no tensor.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"load_: model must be a module, not {_check.describe(model)}")
+        _check.tensor("load_", "row", row, "[P]", 1)
+        views = self.unflatten(row)
+        state = self._state("load_", "model", model)
+        for name, tensor in state.items():
+            if tensor.dtype != row.dtype:
+                raise TypeError(f"load_: {name} is {tensor.dtype}, but row is {row.dtype}")
+        for name, tensor in state.items():
+            tensor.copy_(views[name])
+        return model
+
+    def random_permutations(
+        self, n: int, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Label -> int64 ``[n, size]`` of independent uniform permutations, on the generator's device."""
+        self._check_count("random_permutations", n)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(
+                "random_permutations: generator must be a torch.Generator, "
+                f"not {_check.describe(generator)}"
+            )
+        device = generator.device if generator is not None else torch.device("cpu")
+        return {
+            label: torch.rand(
+                n, size, dtype=torch.float64, generator=generator, device=device
+            ).argsort(-1)
+            for label, size in self._labels.items()
+        }
+
+    def identity(self, n: int) -> dict[str, Tensor]:
+        """Label -> int64 ``[n, size]``, every row ``0 .. size - 1``."""
+        self._check_count("identity", n)
+        return {label: torch.arange(size).repeat(n, 1) for label, size in self._labels.items()}
+
+    def compose(self, p: Permutations, q: Permutations) -> dict[str, Tensor]:
+        """The permutations that act like ``p`` first, then ``q``: ``compose(p, q)[i] = p[q[i]]``.
+
+        So ``permute(permute(flat, p, spec), q, spec)`` equals ``permute(flat, compose(p, q), spec)``.
+        Labels absent from one side are taken as the identity there.
+        """
+        self.check_permutations("compose", p, name="p")
+        self.check_permutations("compose", q, name="q")
+        composed: dict[str, Tensor] = {}
+        for label in self._labels:
+            if label in p and label in q:
+                first, then = p[label].long(), q[label].long()
+                if first.dim() == then.dim() == 2 and first.shape != then.shape:
+                    raise ValueError(
+                        f"compose: p[{label!r}] has {first.shape[0]} rows, "
+                        f"but q[{label!r}] has {then.shape[0]}"
+                    )
+                _check.same_device("compose", f"q[{label!r}]", then, f"p[{label!r}]", first)
+                first, then = torch.broadcast_tensors(first, then)
+                composed[label] = first.gather(-1, then)
+            elif label in p or label in q:
+                composed[label] = (p[label] if label in p else q[label]).long()
+        return composed
+
+    def invert(self, p: Permutations) -> dict[str, Tensor]:
+        """Label -> the inverse permutation: ``compose(p, invert(p))`` is the identity."""
+        self.check_permutations("invert", p, name="p")
+        return {label: index.argsort(-1) for label, index in p.items()}
+
+    def check_permutations(
+        self, where: str, perms: Any, *, name: str = "perms", values: bool = True
+    ) -> None:
+        """Raise unless ``perms`` maps labels of this spec to permutations ``[size]`` or ``[n, size]``.
+
+        With ``values=False`` entries are not looked at, only labels, dtypes and shapes.
+        """
+        if not isinstance(perms, Mapping):
+            raise TypeError(
+                f"{where}: {name} must map labels to index tensors, not {_check.describe(perms)}"
+            )
+        for label, index in perms.items():
+            if label not in self._labels:
+                raise ValueError(
+                    f"{where}: {name} has label {label!r}, the spec has {list(self._labels)}"
+                )
+            key, size = f"{name}[{label!r}]", self._labels[label]
+            if not isinstance(index, Tensor) or index.dim() not in (1, 2):
+                _check.tensor(where, key, index, f"[{size}] or [n, {size}]")
+                raise ValueError(
+                    f"{where}: {key} must have shape [{size}] or [n, {size}], "
+                    f"not {list(index.shape)}"
+                )
+            _check.index_dtype(where, key, index)
+            if index.shape[-1] != size:
+                tensor, axis = next(self.occurrences(label))
+                raise ValueError(
+                    f"{where}: {key} has length {index.shape[-1]}, but label {label!r} "
+                    f"has size {size} ({tensor} axis {axis})"
+                )
+            fault = _check.permutation_fault(index) if values else None
+            if fault:
+                tensor, axis = next(self.occurrences(label))
+                raise ValueError(
+                    f"{where}: {key} is no permutation of 0..{size - 1} ({tensor} axis {axis}): "
+                    f"{fault}"
+                )
+
+    def to_json(self) -> str:
+        """The spec as JSON; :meth:`from_json` reads it back."""
+        return json.dumps(
+            {
+                "axes": {name: list(entries) for name, entries in self._axes.items()},
+                "shapes": {name: list(shape) for name, shape in self._shapes.items()},
+                "sizes": self._labels,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> WeightSpec:
+        """Read what :meth:`to_json` wrote; ``ValueError`` where it is something else."""
+        if not isinstance(text, str):
+            raise TypeError(f"from_json: text must be a string, not {_check.describe(text)}")
+        try:
+            data = json.loads(text)
+            axes = {
+                name: [tuple(entry) if isinstance(entry, list) else entry for entry in entries]
+                for name, entries in data["axes"].items()
+            }
+            shapes, sizes = data["shapes"], data["sizes"]
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"from_json: text is not a WeightSpec: {error!r}") from None
+        return cls(axes, shapes, sizes=sizes)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, WeightSpec):
+            return NotImplemented
+        return self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        width = max((len(name) for name in self._shapes), default=0)
+        lines = [
+            f"  {name:{width}}  {list(self._shapes[name])!s:20} "
+            + ", ".join(_axis_text(entry) for entry in entries)
+            for name, entries in self._axes.items()
+        ]
+        labels = ", ".join(f"{label}={size}" for label, size in self._labels.items())
+        head = f"WeightSpec({len(self._shapes)} tensors, {self._numel:,} weights, labels: {labels}"
+        return "\n".join([head, *lines]) + ")"
+
+    def __reduce__(self) -> tuple:
+        return WeightSpec.from_json, (self.to_json(),)
+
+    def _key(self) -> tuple:
+        return tuple(self._axes.items()), tuple(self._shapes.items()), tuple(self._labels.items())
+
+    def _check_flat(self, where: str, flat: Any, name: str = "flat", dims: int | None = None) -> None:
+        _check.tensor(where, name, flat, "[N, P]", dims)
+        if flat.dim() == 0 or flat.shape[-1] != self._numel:
+            raise ValueError(
+                f"{where}: {name} has shape {list(flat.shape)}, "
+                f"but the spec's networks have {self._numel} weights"
+            )
+
+    def _check_count(self, where: str, n: Any) -> None:
+        if isinstance(n, bool) or not isinstance(n, int):
+            raise TypeError(f"{where}: n must be an integer, not {_check.describe(n)}")
+        if n < 0:
+            raise ValueError(f"{where}: n must be at least 0, not {n}")
+
+    def _state(self, where: str, name: str, model: Any) -> dict[str, Tensor]:
+        if not isinstance(model, (nn.Module, Mapping)):
+            raise TypeError(
+                f"{where}: {name} must be a module or a state dict, not {_check.describe(model)}"
+            )
+        given = model.state_dict() if isinstance(model, nn.Module) else model
+        state: dict[str, Tensor] = {}
+        for key, shape in self._shapes.items():
+            if key not in given:
+                raise ValueError(f"{where}: {name} has no tensor {key!r}, which the spec names")
+            _check.tensor(where, f"{name}[{key!r}]", given[key], str(list(shape)))
+            if given[key].shape != shape:
+                raise ValueError(
+                    f"{where}: {key} has shape {list(given[key].shape)}, the spec's is {list(shape)}"
+                )
+            state[key] = given[key]
+        known = {_storage(tensor) for tensor in state.values()}
+        for key, tensor in given.items():
+            counted = isinstance(tensor, Tensor) and (
+                tensor.is_floating_point() or tensor.is_complex()
+            )
+            if key not in state and counted and _storage(tensor) not in known:
+                raise ValueError(f"{where}: {name} has a tensor {key!r}, which the spec lacks")
+        return state
+
+
+def _storage(tensor: Tensor) -> tuple:
+    return tensor.data_ptr(), tuple(tensor.shape)
+
+
+def _axis_text(entry: Axis) -> str:
+    if isinstance(entry, tuple):
+        return "*".join(_axis_text(factor) for factor in entry)
+    return "." if entry is None else entry
+
+
+def _axes_of(name: str, entries: Any) -> tuple[Axis, ...]:
+    if isinstance(entries, str) or not isinstance(entries, Sequence):
+        raise TypeError(
+            f"WeightSpec: axes[{name!r}] must be a tuple with one entry per axis, "
+            f"not {_check.describe(entries)}"
+        )
+    for axis, entry in enumerate(entries):
+        product = isinstance(entry, tuple) and all(f is None or isinstance(f, str) for f in entry)
+        if not (entry is None or isinstance(entry, str) or product):
+            raise TypeError(
+                f"WeightSpec: axes[{name!r}][{axis}] must be a label, a tuple of labels or None, "
+                f"not {_check.describe(entry)}"
+            )
+        if isinstance(entry, tuple) and (len(entry) < 2 or entry.count(None) > 1):
+            raise ValueError(
+                f"WeightSpec: axes[{name!r}][{axis}] is {entry}: a product has two factors or more, "
+                "at most one of them None"
+            )
+    return tuple(entries)
+
+
+def _shape_of(name: str, shape: Any) -> torch.Size:
+    if isinstance(shape, str) or not isinstance(shape, Sequence):
+        raise TypeError(f"WeightSpec: shapes[{name!r}] must be a shape, not {_check.describe(shape)}")
+    for axis, length in enumerate(shape):
+        if isinstance(length, bool) or not isinstance(length, int):
+            raise TypeError(
+                f"WeightSpec: shapes[{name!r}][{axis}] must be an integer, "
+                f"not {_check.describe(length)}"
+            )
+        if length < 0:
+            raise ValueError(f"WeightSpec: shapes[{name!r}][{axis}] must be at least 0, not {length}")
+    return torch.Size(shape)
+
+
+def _label_sizes(
+    axes: Mapping[str, tuple[Axis, ...]],
+    shapes: Mapping[str, torch.Size],
+    given: Mapping[str, int],
+) -> dict[str, int]:
+    order: dict[str, None] = {}
+    where: dict[str, str] = {}
+    sizes: dict[str, int] = {}
+
+    def settle(label: str, size: int, place: str) -> None:
+        if sizes.setdefault(label, size) != size:
+            raise ValueError(
+                f"WeightSpec: label {label!r} has size {sizes[label]} at {where[label]}, "
+                f"but {size} at {place}"
+            )
+        where.setdefault(label, place)
+
+    products: list[tuple[tuple[str | None, ...], int, str]] = []
+    for name, entries in axes.items():
+        for axis, entry in enumerate(entries):
+            place, length = f"{name} axis {axis}", shapes[name][axis]
+            if isinstance(entry, str):
+                order[entry] = None
+                settle(entry, length, place)
+            elif entry is not None:
+                order |= dict.fromkeys(label for label in entry if label is not None)
+                products.append((entry, length, place))
+    if not isinstance(given, Mapping):
+        raise TypeError(f"WeightSpec: sizes must map labels, not {_check.describe(given)}")
+    for label, size in given.items():
+        if label not in order:
+            raise ValueError(f"WeightSpec: sizes has label {label!r}, axes has {list(order)}")
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise TypeError(
+                f"WeightSpec: sizes[{label!r}] must be a length, not {_check.describe(size)}"
+            )
+        settle(label, size, "sizes")
+
+    # A product with a single unknown factor tells that factor; repeat until none does.
+    waiting = products
+    while waiting:
+        unknown = [[label for label in entry if label not in sizes] for entry, _, _ in waiting]
+        progress = [
+            (item, missing)
+            for item, missing in zip(waiting, unknown, strict=True)
+            if len(missing) <= 1
+        ]
+        if not progress:
+            (entry, length, place), missing = waiting[0], unknown[0]
+            raise ValueError(
+                f"WeightSpec: the sizes of {missing} can't be told from {place}, a product "
+                f"{entry} of length {length}; pass them as sizes={{...}}"
+            )
+        for (entry, length, place), missing in progress:
+            known = prod(sizes[label] for label in entry if label in sizes and label is not None)
+            if known == 0 or length % known or (not missing and length != known):
+                raise ValueError(
+                    f"WeightSpec: {place} has length {length}, but its factors {entry} make "
+                    f"{known}{' times something' if missing else ''}"
+                )
+            if missing and missing[0] is not None:
+                settle(missing[0], length // known, place)
+        waiting = [item for item, missing in zip(waiting, unknown, strict=True) if len(missing) > 1]
+    return {label: sizes[label] for label in order}
