@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -49,13 +50,14 @@ class WeightSpec:
             sizes, or a label's size cannot be told.
     """
 
-    __slots__ = ("_axes", "_cache", "_labels", "_numel", "_offsets", "_shapes")
+    __slots__ = ("_axes", "_cache", "_digest", "_labels", "_numel", "_offsets", "_shapes")
 
     _axes: dict[str, tuple[Axis, ...]]
     _shapes: dict[str, torch.Size]
     _labels: dict[str, int]
     _offsets: dict[str, int]
     _numel: int
+    _digest: str
     _cache: dict[str, Any]
 
     def __init__(
@@ -92,6 +94,8 @@ class WeightSpec:
             ("_cache", {}),
         ):
             object.__setattr__(self, attribute, value)
+        digest = hashlib.sha256(self.to_json().encode()).hexdigest()
+        object.__setattr__(self, "_digest", digest)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"WeightSpec is immutable; {name} can't be set")
@@ -123,6 +127,11 @@ class WeightSpec:
     def numel(self) -> int:
         """Number of weights P of one network."""
         return self._numel
+
+    @property
+    def digest(self) -> str:
+        """A fingerprint of :meth:`to_json`: equal specs have equal ones, in every process."""
+        return self._digest
 
     def factors(self, name: str, axis: int) -> tuple[tuple[str | None, int], ...]:
         """The ``(label, size)`` factors of one axis, slowest first; a fixed one has label ``None``."""
@@ -330,10 +339,10 @@ class WeightSpec:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, WeightSpec):
             return NotImplemented
-        return self._key() == other._key()
+        return self._digest == other._digest
 
     def __hash__(self) -> int:
-        return hash(self._key())
+        return hash(self._digest)
 
     def __repr__(self) -> str:
         width = max((len(name) for name in self._shapes), default=0)
@@ -348,9 +357,6 @@ class WeightSpec:
 
     def __reduce__(self) -> tuple:
         return WeightSpec.from_json, (self.to_json(),)
-
-    def _key(self) -> tuple:
-        return tuple(self._axes.items()), tuple(self._shapes.items()), tuple(self._labels.items())
 
     def _check_flat(self, where: str, flat: Any, name: str = "flat", dims: int | None = None) -> None:
         _check.tensor(where, name, flat, "[N, P]", dims)

@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -63,7 +64,6 @@ namespace internal {
 inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
 inline constexpr int64_t kNone = -1;
 inline constexpr int kVectorsPerGroup = 8;
-inline constexpr int64_t kWidestGroup = 8 * kVectorsPerGroup;
 inline constexpr int kBiddingPasses = 8;
 
 template <typename T>
@@ -98,7 +98,7 @@ struct Solver {
   static constexpr int64_t kGroup = lanes * kVectorsPerGroup;
 
   const T* score;
-  const int64_t rows, cols, stride;
+  const int64_t rows, cols, stride, padded;
   const double sign;
   Workspace<T>& ws;
   double *potential, *distance;  // of columns; padded by -infinity: padding costs +infinity
@@ -108,30 +108,29 @@ struct Solver {
         rows(problem.rows),
         cols(problem.cols),
         stride(problem.stride),
+        padded((cols + kGroup - 1) / kGroup * kGroup),
         sign(problem.maximize ? -1 : 1),
         ws(workspace) {
-    const int64_t padded = (cols + kWidestGroup - 1) / kWidestGroup * kWidestGroup;
-    ws.lines.resize(2 * padded / 8);
+    ws.lines.resize(padded / 4);
     potential = ws.lines.data()->values;
     distance = potential + padded;
     std::fill(potential + cols, potential + padded, -kInfinity);
     std::fill(distance + cols, distance + padded, -kInfinity);
   }
 
-  static WEIGHTOPS_INLINE void load(const double* from, Doubles& to) {
-    std::memcpy(&to, from, sizeof to);
-  }
-
-  static WEIGHTOPS_INLINE void load(const float* from, Doubles& to) {
-    const Floats& floats = *reinterpret_cast<const Floats*>(from);
-#if WEIGHTOPS_X86
-    // GCC 12 makes five instructions of this conversion, an eighth of the whole time.
-    if constexpr (lanes > 2) {
-      asm("vcvtps2pd %1, %0" : "=v"(to) : "m"(floats));
-      return;
-    }
+  template <typename From>
+  static WEIGHTOPS_INLINE void load(const From* from, Doubles& to) {
+    if constexpr (sizeof(From) == sizeof(double)) {
+      std::memcpy(&to, from, sizeof to);
+    } else {
+      const Floats& floats = *reinterpret_cast<const Floats*>(from);
+#if WEIGHTOPS_X86  // GCC 12 makes five instructions of this conversion, an eighth of the whole
+                   // time.
+      if constexpr (lanes > 2) asm("vcvtps2pd %1, %0" : "=v"(to) : "m"(floats));
+      if constexpr (lanes > 2) return;
 #endif
-    to = __builtin_convertvector(floats, Doubles);
+      to = __builtin_convertvector(floats, Doubles);
+    }
   }
 
   static WEIGHTOPS_INLINE void lower(Doubles& to, const Doubles& by) { to = by < to ? by : to; }
@@ -213,8 +212,8 @@ struct Solver {
         lower(minima, cost);
       }
     });
-    double minimum = kInfinity;
-    for (int lane = 0; lane < lanes; ++lane) minimum = std::min(minimum, minima[lane]);
+    double minimum = minima[0];
+    for (int lane = 1; lane < lanes; ++lane) minimum = std::min(minimum, minima[lane]);
     for_each_group(row, [&](const T* scores, int64_t first) WEIGHTOPS_INLINE_LAMBDA {
       prefetch(std::min(row + 1, rows - 1), first);
       for (int64_t k = 0; k < kGroup; k += lanes) {
@@ -244,7 +243,7 @@ struct Solver {
       minima.merge(best, first);
     });
     Minimum best = minima.smallest(ws.row_of, [&](int64_t column) WEIGHTOPS_INLINE_LAMBDA {
-      return reduced_cost(row, column);
+      return column < cols ? reduced_cost(row, column) : kInfinity;
     });
     for (int lane = 0; lane < lanes; ++lane) {
       const bool holds_best = lane == best.column % lanes;
@@ -279,7 +278,6 @@ struct Solver {
   }
 
   // Lowers the distances to those by way of this row and returns the smallest.
-  template <bool is_root>
   WEIGHTOPS_INLINE Minimum relax(int64_t row, double offset) {
     LaneMinima minima;
     for_each_group(row, [&](const T* scores, int64_t first) WEIGHTOPS_INLINE_LAMBDA {
@@ -288,10 +286,8 @@ struct Solver {
         Doubles cost, current;
         load_cost(scores + k, potential + first + k, cost);
         cost -= offset;
-        if constexpr (!is_root) {
-          load(distance + first + k, current);
-          lower(cost, current);
-        }
+        load(distance + first + k, current);
+        lower(cost, current);
         std::memcpy(distance + first + k, &cost, sizeof cost);
         lower(group, cost);
       }
@@ -301,18 +297,9 @@ struct Solver {
         ws.row_of, [&](int64_t column) WEIGHTOPS_INLINE_LAMBDA { return distance[column]; });
   }
 
-  WEIGHTOPS_INLINE int64_t free_column_at(double value) {
-    auto& columns = ws.free_columns;
-    for (size_t k = 0; k < columns.size();) {
-      if (ws.row_of[columns[k]] != kNone) {
-        columns[k] = columns.back();
-        columns.pop_back();
-      } else if (distance[columns[k]] == value) {
-        return columns[k];
-      } else {
-        ++k;
-      }
-    }
+  WEIGHTOPS_INLINE int64_t free_column_at(double value) const {
+    for (const int64_t column : ws.free_columns)
+      if (ws.row_of[column] == kNone && distance[column] == value) return column;
     return kNone;
   }
 
@@ -322,7 +309,8 @@ struct Solver {
     tree.push_back({root, kNone, 0, 0, 0});
     int64_t ties = 0;
     double reached = -kInfinity;
-    Minimum nearest = relax<true>(root, 0);
+    std::fill(distance, distance + padded, kInfinity);
+    Minimum nearest = relax(root, 0);
     while (true) {
       if (!(nearest.value < kInfinity))  // sums have overflowed; any end will do
         nearest.column = std::find(ws.row_of.begin(), ws.row_of.end(), kNone) - ws.row_of.begin();
@@ -341,7 +329,7 @@ struct Solver {
       // At infinite cost relax() leaves a column alone once it is in the tree.
       potential[column] = -kInfinity;
       distance[column] = kInfinity;
-      nearest = relax<false>(row, offset);
+      nearest = relax(row, offset);
     }
     for (size_t k = 1; k < tree.size(); ++k)
       potential[tree[k].column] = tree[k].potential + std::min(0.0, tree[k].distance - reached);
@@ -364,16 +352,12 @@ struct Solver {
     }
   }
 
-  WEIGHTOPS_INLINE void release_all() {
+  WEIGHTOPS_INLINE void start_cold(const double* given, bool reduces) {
     ws.row_of.assign(cols, kNone);
     ws.column_of.assign(rows, kNone);
-    ws.free_rows.clear();
-  }
-
-  WEIGHTOPS_INLINE void start_cold(const double* given, bool reduces) {
-    release_all();
-    for (int64_t row = 0; row < rows; ++row) ws.free_rows.push_back(row);
-    std::fill(potential, potential + cols, reduces ? kInfinity : 0.0);
+    ws.free_rows.resize(rows);
+    std::iota(ws.free_rows.begin(), ws.free_rows.end(), 0);
+    std::fill(potential, potential + cols, reduces ? kInfinity : 0);
     if (!reduces) return;
     for (int64_t column = 0; column < cols; ++column)
       distance[column] = given ? sign * given[column] : 0;
@@ -387,7 +371,9 @@ struct Solver {
   //   half of the rows         0.016      0.023         0.043         0.055          0.083
   WEIGHTOPS_INLINE void start_warm(const double* given) {
     for (int64_t column = 0; column < cols; ++column) potential[column] = sign * given[column];
-    release_all();
+    ws.row_of.assign(cols, kNone);
+    ws.column_of.assign(rows, kNone);
+    ws.free_rows.clear();
     for (int64_t quarter = 0; quarter < 4; ++quarter) {
       for (int64_t row = quarter; row < rows; row += 4) ws.free_rows.push_back(row);
       if (quarter == 2) continue;

@@ -284,7 +284,7 @@ def permute_axes(
         if part is None:
             continue
         name, n = f"perms[{axis - 1}]", x.shape[axis]
-        _check.tensor(where, name, part, f"[{x.shape[0]}, {n}] or [{n}]")
+        _check.tensor(where, name, part, "[B, n] or [n]")
         if part.dim() not in (1, 2) or part.dim() == 2 and part.shape[0] != x.shape[0]:
             raise ValueError(
                 f"{where}: {name} must have shape [{x.shape[0]}, {n}] or [{n}], "

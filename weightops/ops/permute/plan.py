@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import torch
+
 from weightops.spec import WeightSpec
 
 FIXED = -1
@@ -32,6 +34,12 @@ class Decoded(NamedTuple):
 
 def plan(spec: WeightSpec) -> list[int]:
     """The plan of ``spec``, built once and cached on it."""
+    return _cached(spec, spec.digest)
+
+
+# To Dynamo the plan is a constant. What guards it is the digest, which is read outside.
+@torch.compiler.assume_constant_result
+def _cached(spec: WeightSpec, digest: str) -> list[int]:
     cached = spec._cache.get("permute")
     if cached is None:
         cached = spec._cache["permute"] = _build(spec)

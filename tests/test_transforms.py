@@ -1,0 +1,189 @@
+"""Every op under every transform: eager, compiled, differentiated, batched, exported."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import weightops
+from weightops import testing
+from weightops.ops import assign as assign_op
+from weightops.ops import permute as permute_op
+from weightops.ops.permute import reference
+from weightops.ops.permute.plan import plan
+
+GENERATOR = torch.Generator().manual_seed(0)
+SPEC = weightops.WeightSpec(
+    {"a.weight": ("h", None), "a.bias": ("h",), "b.weight": (("k", None), "h")},
+    {"a.weight": (3, 2), "a.bias": (3,), "b.weight": (4, 3)},
+    sizes={"k": 2},
+)
+PERMS = SPEC.random_permutations(2, GENERATOR)
+INDEX = testing.pack(PERMS, SPEC)
+FLAT = torch.randn(2, SPEC.numel, generator=GENERATOR, dtype=torch.float64)
+X = torch.randn(2, 3, 4, generator=GENERATOR, dtype=torch.float64)
+AXES = [testing.random_rows(2, 3, GENERATOR), testing.random_rows(2, 4, GENERATOR)]
+WEIGHTS = torch.randn(3, 2, generator=GENERATOR, dtype=torch.float64)
+
+
+class Case(NamedTuple):
+    """An op as a function of one differentiable tensor, and its definition."""
+
+    op: testing.Function
+    reference: testing.Function
+    x: Tensor
+    name: str
+
+
+CASES = {
+    "permute": Case(
+        lambda x: weightops.permute(x, PERMS, SPEC),
+        lambda x: reference.permute(x, INDEX, plan(SPEC)),
+        FLAT,
+        "permute",
+    ),
+    "permute-inverse": Case(
+        lambda x: weightops.permute(x, PERMS, SPEC, inverse=True),
+        lambda x: reference.permute(x, INDEX, plan(SPEC), True),
+        FLAT,
+        "permute",
+    ),
+    "permute_axes": Case(
+        lambda x: weightops.permute_axes(x, AXES),
+        lambda x: reference.permute_axes(x, torch.cat(AXES, 1), [1, 2]),
+        X,
+        "permute_axes",
+    ),
+    "merge": Case(
+        lambda x: weightops.merge(x, WEIGHTS, SPEC, perms=PERMS),
+        lambda x: reference.merge(x, WEIGHTS, INDEX, plan(SPEC)),
+        FLAT,
+        "merge",
+    ),
+    "merge-weights": Case(
+        lambda w: weightops.merge(FLAT, w, SPEC, perms=PERMS),
+        lambda w: reference.merge(FLAT, w, INDEX, plan(SPEC)),
+        WEIGHTS,
+        "merge",
+    ),
+    "merge-both": Case(
+        lambda x: weightops.merge(x, x[:, :2].cos(), SPEC),
+        lambda x: reference.merge(x, x[:, :2].cos(), None, plan(SPEC)),
+        FLAT,
+        "merge",
+    ),
+}
+# Unlike every other size here: torch takes equal sizes for one symbol.
+BATCHES = (11, 17, 23)
+# Inductor takes seconds a program; the other backend covers the same tracing in a fraction.
+INDUCTOR = {"none", "grad", "vmap", "jvp", "vmap(grad)"}
+
+
+@pytest.mark.parametrize("name", testing.TRANSFORMS)
+@pytest.mark.parametrize("case", CASES)
+def test_eager_transform_equals_reference(case: str, name: str) -> None:
+    testing.check_transform(name, "eager", *CASES[case][:3])
+
+
+@pytest.mark.parametrize("name", testing.TRANSFORMS)
+@pytest.mark.parametrize("case", CASES)
+def test_traced_transform_equals_reference(case: str, name: str) -> None:
+    testing.check_transform(name, "aot_eager", *CASES[case][:3])
+
+
+@pytest.mark.parametrize("name", sorted(INDUCTOR))
+@pytest.mark.parametrize("case", ["permute", "permute_axes", "merge-both"])
+def test_compiled_transform_equals_reference(case: str, name: str) -> None:
+    testing.check_transform(name, "inductor", *CASES[case][:3])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_derivatives_equal_finite_differences(case: str) -> None:
+    testing.check_gradients(CASES[case].op, CASES[case].x)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_export_keeps_the_op(case: str) -> None:
+    testing.check_export(CASES[case].op, CASES[case].x, CASES[case].name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_autocast_changes_nothing(case: str) -> None:
+    testing.check_autocast(CASES[case].op, CASES[case].x)
+
+
+def test_dynamic_batch_compiles_once() -> None:
+    one = {label: index[0] for label, index in PERMS.items()}
+    inputs = [torch.randn(n, SPEC.numel, dtype=torch.float64) for n in BATCHES]
+    testing.check_compiled_training(
+        lambda x: weightops.permute(x, one, SPEC),
+        lambda x: reference.permute(x, INDEX[:1], plan(SPEC)),
+        inputs,
+    )
+    testing.check_compiled_training(
+        lambda x: weightops.merge(x, x[:, 0], SPEC),
+        lambda x: reference.merge(x, x[:, 0][None], None, plan(SPEC))[0],
+        inputs,
+    )
+    axes = [AXES[0][0], AXES[1][0]]
+    testing.check_compiled_training(
+        lambda x: weightops.permute_axes(x, axes),
+        lambda x: reference.permute_axes(x, torch.cat(axes)[None], [1, 2]),
+        [torch.randn(n, 3, 4, dtype=torch.float64) for n in BATCHES],
+    )
+
+
+def test_vmap_over_permutations() -> None:
+    stacked = torch.stack([AXES[0], AXES[0].flip(1)])
+
+    def each(p: Tensor) -> Tensor:
+        return weightops.permute_axes(X, [p, None])
+
+    expected = torch.stack([each(p) for p in stacked])
+    torch.testing.assert_close(torch.func.vmap(each)(stacked), expected)
+    compiled = torch.compile(torch.func.vmap(each), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(stacked), expected)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("networks", [0, 1, 2])
+def test_opcheck(networks: int, requires_grad: bool) -> None:
+    flat = FLAT[:networks].clone().requires_grad_(requires_grad)
+    index = INDEX[:networks] if networks else INDEX[:1]
+    testing.check_op(permute_op._permute, flat, index, plan(SPEC), True)
+    x = X[:networks].clone().requires_grad_(requires_grad)
+    axes = torch.cat(AXES, 1)[:networks] if networks else torch.cat(AXES, 1)[:1]
+    testing.check_op(permute_op._permute_axes, x, axes, [1, 2], False)
+    if networks:
+        weights = WEIGHTS[:, :networks].clone().requires_grad_(requires_grad)
+        testing.check_op(permute_op._merge, flat, weights, index, plan(SPEC))
+        testing.check_op(permute_op._merge, flat, weights, None, plan(SPEC))
+    if not requires_grad:
+        out = torch.empty_like(flat)
+        testing.check_op(permute_op._permute_into, flat, index, plan(SPEC), False, out)
+        testing.check_op(permute_op._permute_axes_into, x, axes, [1, 2], False, torch.empty_like(x))
+        testing.check_op(assign_op._assign, X[:networks].detach(), True, None)
+
+
+def test_assign_under_vmap_and_compile() -> None:
+    score = torch.randn(2, 3, 4, 6, generator=GENERATOR)
+    expected = weightops.assign(score.flatten(0, 1)).unflatten(0, (2, 3))
+
+    def solve(s: Tensor) -> Tensor:
+        return weightops.assign(s)
+
+    for f in (solve, torch.compile(solve, fullgraph=True, backend="aot_eager")):
+        torch.testing.assert_close(torch.stack([f(s) for s in score]), expected)
+    batched = torch.func.vmap(solve)
+    for f in (batched, torch.compile(batched, fullgraph=True, backend="aot_eager")):
+        torch.testing.assert_close(f(score), expected)
+    gradient = torch.func.grad(lambda s: (s * 2).gather(2, solve(s)[..., None]).sum())(score[0])
+    torch.testing.assert_close(gradient.sum(), torch.tensor(24.0))
+    program = torch.export.export(_Assign(), (score[0],))
+    torch.testing.assert_close(program.module()(score[0]), expected[0])
+
+
+class _Assign(torch.nn.Module):
+    def forward(self, score: Tensor) -> Tensor:
+        return weightops.assign(score)
