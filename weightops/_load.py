@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -15,8 +16,16 @@ _HERE = Path(__file__).parent
 #: library -> why it is not loaded, or ``None`` where it is
 reasons: dict[str, str | None] = {}
 
+_DISABLED = "WEIGHTOPS_DISABLE_NATIVE is set"
+
+
+def _disabled() -> bool:
+    return bool(os.environ.get("WEIGHTOPS_DISABLE_NATIVE"))
+
 
 def _load(name: str) -> str | None:
+    if _disabled():
+        return _DISABLED
     path = _HERE / f"_weightops_{name}.so"
     if not path.exists():
         return build().get("reason") or f"{path.name} was not built"
@@ -45,6 +54,9 @@ def load() -> None:
 @cache
 def host() -> ModuleType | None:
     """The pybind11 module: numpy in, numpy out."""
+    if _disabled():
+        reasons["host"] = _DISABLED
+        return None
     try:
         from weightops import _host
     except ImportError as error:

@@ -190,7 +190,7 @@ class WeightSpec:
             ValueError: the last axis is not P long.
             TypeError: ``flat`` is no tensor.
         """
-        self._check_flat("unflatten", flat)
+        self.check_flat("unflatten", flat)
         return {
             name: flat.narrow(-1, offset, prod(shape)).unflatten(-1, shape)
             if shape
@@ -358,7 +358,8 @@ class WeightSpec:
     def __reduce__(self) -> tuple:
         return WeightSpec.from_json, (self.to_json(),)
 
-    def _check_flat(self, where: str, flat: Any, name: str = "flat", dims: int | None = None) -> None:
+    def check_flat(self, where: str, flat: Any, name: str = "flat", dims: int | None = None) -> None:
+        """Raise unless ``flat`` is a tensor of networks of this spec, with ``dims`` axes where given."""
         _check.tensor(where, name, flat, "[N, P]", dims)
         if flat.dim() == 0 or flat.shape[-1] != self._numel:
             raise ValueError(

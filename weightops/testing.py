@@ -6,6 +6,7 @@ Everything here is public: who writes an op on weight space can test it with
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -263,6 +264,19 @@ class Assign:
         changed = max(1, round(self.change * 512))
         left[..., :changed] = torch.randn(b, n, changed, generator=generator)
         return score, left @ right.mT
+
+
+def best_time(f: Callable[[], Any], seconds: float = 0.5) -> float:
+    """The least seconds that one call of ``f`` took, over calls for about ``seconds``."""
+    f()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while True:
+        began = time.perf_counter()
+        f()
+        now = time.perf_counter()
+        best = min(best, now - began)
+        if now > end:
+            return best
 
 
 def random_rows(rows: int, size: int, generator: torch.Generator | None = None) -> Tensor:

@@ -48,7 +48,7 @@ bool all_finite(const T* values, int64_t count) {
   constexpr Bits kExponent = kSign - kLowest;
   for (int64_t start = 0; start < count; start += 4096) {
     const int64_t end = std::min(count, start + 4096);
-    Bits carries = 0;  // into the sign, from an exponent of ones only
+    Bits carries = 0;  // an exponent of ones, and no other, carries into the sign
     for (int64_t k = start; k < end; ++k) {
       Bits bits;
       std::memcpy(&bits, values + k, sizeof bits);
@@ -88,7 +88,7 @@ struct Vectors {
   typedef int64_t Integers __attribute__((vector_size(8 * lanes)));
 };
 
-// All of it is always_inline, to be compiled anew into each of the functions below that name an
+// All of this is always_inline, to be compiled anew into each of the functions below that name an
 // instruction set; vectors go by reference, for how they go by value depends on the set.
 template <typename T, int lanes>
 struct Solver {
@@ -101,7 +101,7 @@ struct Solver {
   const int64_t rows, cols, stride, padded;
   const double sign;
   Workspace<T>& ws;
-  double *potential, *distance;  // of columns; padded by -infinity: padding costs +infinity
+  double *potential, *distance;  // of columns; potentials are padded by -infinity, to cost infinity
 
   WEIGHTOPS_INLINE Solver(const Problem<T>& problem, Workspace<T>& workspace)
       : score(problem.score),
@@ -115,7 +115,6 @@ struct Solver {
     potential = ws.lines.data()->values;
     distance = potential + padded;
     std::fill(potential + cols, potential + padded, -kInfinity);
-    std::fill(distance + cols, distance + padded, -kInfinity);
   }
 
   template <typename From>
@@ -359,6 +358,7 @@ struct Solver {
     std::iota(ws.free_rows.begin(), ws.free_rows.end(), 0);
     std::fill(potential, potential + cols, reduces ? kInfinity : 0);
     if (!reduces) return;
+    std::fill(distance, distance + padded, -kInfinity);
     for (int64_t column = 0; column < cols; ++column)
       distance[column] = given ? sign * given[column] : 0;
     for (int64_t row = 0; row < rows; ++row) reduce(row);
@@ -370,10 +370,9 @@ struct Solver {
   //   quarter of the rows      0.004      0.007         0.012         0.016          0.027
   //   half of the rows         0.016      0.023         0.043         0.055          0.083
   WEIGHTOPS_INLINE void start_warm(const double* given) {
-    for (int64_t column = 0; column < cols; ++column) potential[column] = sign * given[column];
-    ws.row_of.assign(cols, kNone);
-    ws.column_of.assign(rows, kNone);
+    start_cold(nullptr, false);
     ws.free_rows.clear();
+    for (int64_t column = 0; column < cols; ++column) potential[column] = sign * given[column];
     for (int64_t quarter = 0; quarter < 4; ++quarter) {
       for (int64_t row = quarter; row < rows; row += 4) ws.free_rows.push_back(row);
       if (quarter == 2) continue;

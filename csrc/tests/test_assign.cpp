@@ -70,8 +70,10 @@ double checked(Matrix<T>& score, bool maximize, Solve<T> solve_with, bool warm,
   double sum = 0, largest = 0, violation = 0;
   for (int64_t row = 0; row < score.rows; ++row) {
     const int64_t own = columns[row];
-    expect(own >= 0 && own < score.cols && !taken[own], what + ": not an assignment");
-    if (own < 0 || own >= score.cols) return NAN;
+    if (own < 0 || own >= score.cols || taken[own]) {
+      expect(false, what + ": not an assignment");
+      return NAN;
+    }
     taken[own] = true;
     sum += score.at(row, own);
     for (int64_t column = 0; column < score.cols; ++column) {
@@ -83,12 +85,13 @@ double checked(Matrix<T>& score, bool maximize, Solve<T> solve_with, bool warm,
     }
   }
   expect(violation <= 1e-13 * largest, what + ": the potentials do not certify the optimum");
-  if (score.rows < score.cols)
-    for (int64_t free = 0; free < score.cols; ++free)
-      for (int64_t column = 0; column < score.cols && !taken[free]; ++column)
-        expect(maximize ? potentials[free] <= potentials[column]
-                        : potentials[free] >= potentials[column],
-               what + ": a free column does not hold the extreme potential");
+  if (score.rows < score.cols) {
+    const auto [least, greatest] = std::minmax_element(potentials.begin(), potentials.end());
+    bool extreme = true;
+    for (int64_t column = 0; column < score.cols; ++column)
+      extreme = extreme && (taken[column] || potentials[column] == (maximize ? *least : *greatest));
+    expect(extreme, what + ": a free column does not hold the extreme potential");
+  }
   return sum;
 }
 
@@ -165,7 +168,7 @@ template <typename T>
 void potentials_certify_larger_problems() {
   std::mt19937_64 random(2);
   for (int family = 0; family < kFamilies; ++family)
-    for (const int64_t rows : {17, 64, 65, 130})
+    for (const int64_t rows : {17, 64, 65, 100})
       for (const int64_t cols : {rows, rows + 1, 2 * rows + 3})
         for (const bool maximize : {false, true}) {
           const std::string what = "family " + std::to_string(family) + ", " +

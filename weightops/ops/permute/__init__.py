@@ -198,7 +198,7 @@ def _run(where: str, op: Any, args: tuple, explain: Any) -> Any:
 def _check_networks(where: str, flat: Any, spec: Any) -> None:
     if not isinstance(spec, WeightSpec):
         raise TypeError(f"{where}: spec must be a WeightSpec, not {_check.describe(spec)}")
-    spec._check_flat(where, flat, dims=2)
+    spec.check_flat(where, flat, dims=2)
 
 
 def permute(

@@ -1,0 +1,459 @@
+"""permute, permute_axes and merge against index arithmetic, on every code path of the kernel."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from weightops import WeightSpec, _load, merge, permute, permute_axes, testing
+from weightops.ops.permute import reference
+from weightops.ops.permute.plan import plan
+
+DTYPES = [
+    *(torch.bool, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.complex64, torch.complex128),
+]
+HALVES = [torch.float16, torch.bfloat16]
+SEEDS = st.integers(0, 2**31)
+PRIMES = [0, 1, 2, 3, 7, 13, 17, 31, 67, 127, 509, 1021, 4099]
+
+
+def random_bits(shape: Sequence[int], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Any bit pattern a dtype has, NaN payloads too; integers there is nothing special about."""
+    generator = torch.Generator().manual_seed(seed)
+    if dtype == torch.bool:
+        return torch.rand(*shape, generator=generator) < 0.5
+    length = prod(shape) * dtype.itemsize
+    data = torch.randint(0, 256, (length,), dtype=torch.uint8, generator=generator)
+    return data.view(dtype).view(*shape)
+
+
+def assert_same_bits(given: Tensor, expected: Tensor) -> None:
+    assert given.dtype == expected.dtype
+    assert given.shape == expected.shape
+    given, expected = (t.resolve_conj().resolve_neg().contiguous() for t in (given, expected))
+    if given.numel():
+        assert torch.equal(given.flatten().view(torch.uint8), expected.flatten().view(torch.uint8))
+
+
+def sources(spec: WeightSpec, perms: dict[str, Tensor], n: int) -> Tensor:
+    """Where each weight of network n comes from, by numpy's own indexing."""
+    found = []
+    for row in range(n):
+        pieces = [np.empty(0, dtype=np.int64)]
+        for name, shape in spec.shapes.items():
+            places = np.arange(prod(shape)).reshape(shape) + spec.offsets[name]
+            for axis in range(len(shape)):
+                factors = spec.factors(name, axis)
+                moved = [
+                    np.arange(size) if label not in perms else _row(perms[label], row)
+                    for label, size in factors
+                ]
+                grid = np.arange(shape[axis]).reshape([size for _, size in factors])
+                places = places.take(grid[np.ix_(*moved)].ravel(), axis)
+            pieces.append(places.ravel())
+        found.append(np.concatenate(pieces))
+    return torch.from_numpy(np.stack(found)) if n else torch.empty(0, spec.numel, dtype=torch.int64)
+
+
+def _row(index: Tensor, row: int) -> np.ndarray:
+    return (index if index.dim() == 1 else index[row]).numpy()
+
+
+def brute_force(flat: Tensor, perms: dict[str, Tensor], spec: WeightSpec, inverse: bool = False) -> Tensor:
+    index = sources(spec, perms, flat.shape[0])
+    return flat.gather(1, index.argsort(1) if inverse else index)
+
+
+def axes_brute_force(x: Tensor, perms: Sequence[Tensor | None]) -> Tensor:
+    grids = [torch.arange(x.shape[0])]
+    for axis, p in enumerate(perms, start=1):
+        grids.append(torch.arange(x.shape[axis]) if p is None else p.long())
+    views = []
+    for axis, grid in enumerate(grids):
+        shape = [1] * x.dim()
+        shape[axis] = grid.shape[-1]
+        if grid.dim() == 2:
+            shape[0] = grid.shape[0]
+        views.append(grid.view(shape))
+    return x[tuple(views)]
+
+
+def check_axes(x: Tensor, perms: Sequence[Tensor | None], **options: Tensor) -> None:
+    assert_same_bits(permute_axes(x, perms, **options), axes_brute_force(x, perms))
+    back = permute_axes(permute_axes(x, perms), perms, inverse=True)
+    assert back.is_contiguous()
+    assert_same_bits(back, x)
+
+
+def random_perms(spec: WeightSpec, n: int, seed: int) -> dict[str, Tensor]:
+    """Some labels missing, some shared by all networks, some int32."""
+    generator = torch.Generator().manual_seed(seed)
+    perms = spec.random_permutations(n, generator)
+    kept = {}
+    for label, index in perms.items():
+        kind = int(torch.randint(4, (), generator=generator))
+        if kind == 0:
+            kept[label] = index
+        elif kind == 1 and n:
+            kept[label] = index[0]
+        elif kind == 2:
+            kept[label] = index.int()
+    return kept
+
+
+def named(size: int, dtype: torch.dtype = torch.float32) -> WeightSpec:
+    return WeightSpec({"w": (None,)}, {"w": (size,)})
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=SEEDS, n=st.integers(0, 4), dtype=st.sampled_from(DTYPES), inverse=st.booleans())
+def test_permute_equals_brute_force_and_reference(
+    seed: int, n: int, dtype: torch.dtype, inverse: bool
+) -> None:
+    spec = testing.random_spec(torch.Generator().manual_seed(seed))
+    flat, perms = random_bits((n, spec.numel), dtype, seed), random_perms(spec, n, seed)
+    expected = brute_force(flat, perms, spec, inverse)
+    assert_same_bits(permute(flat, perms, spec, inverse=inverse), expected)
+    full = {k: perms.get(k, torch.arange(size)) for k, size in spec.labels.items()}
+    index = testing.pack({k: p.long().expand(n, -1) for k, p in full.items()}, spec) if full else None
+    if index is not None:
+        assert_same_bits(reference.permute(flat, index, plan(spec), inverse), expected)
+    out = random_bits(flat.shape, dtype, seed + 1)
+    assert permute(flat, perms, spec, inverse=inverse, out=out) is out
+    assert_same_bits(out, expected)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=SEEDS,
+    shape=st.lists(st.sampled_from([0, 1, 2, 3, 5, 8, 17]), min_size=1, max_size=5),
+    dtype=st.sampled_from(DTYPES),
+    data=st.data(),
+)
+def test_permute_axes_equals_brute_force_and_reference(
+    seed: int, shape: list[int], dtype: torch.dtype, data: st.DataObject
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, perms = random_bits(shape, dtype, seed), []
+    for size in shape[1:]:
+        p = testing.random_rows(shape[0], size, generator)
+        shared = torch.randperm(size, generator=generator)
+        perms.append(data.draw(st.sampled_from([None, p, p.int(), shared])))
+    check_axes(x, perms)
+    axes = [axis for axis, p in enumerate(perms, start=1) if p is not None]
+    if axes:
+        index = torch.cat([p.long().expand(shape[0], -1) for p in perms if p is not None], 1)
+        assert_same_bits(reference.permute_axes(x, index, axes), axes_brute_force(x, perms))
+
+
+@pytest.mark.parametrize("block", [*range(1, 71), 100, 513])
+def test_every_block_size_in_bytes(block: int) -> None:
+    # Counts on both sides of the vector widths 8 and 16, and a row beyond the four gathered at once.
+    for rows, cols in ((6, 37), (1, 8), (3, 16)):
+        x = random_bits((2, rows, cols, block), torch.uint8)
+        check_axes(x, [testing.random_rows(2, rows), testing.random_rows(2, cols), None])
+
+
+@pytest.mark.parametrize("cols", PRIMES)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32, torch.float64, torch.complex128])
+def test_every_row_length(cols: int, dtype: torch.dtype) -> None:
+    x = random_bits((2, 5, cols), dtype)
+    check_axes(x, [testing.random_rows(2, 5), testing.random_rows(2, cols)])
+    check_axes(x, [None, torch.randperm(cols)])
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((2, 1024, 1024), torch.float32),
+        ((2, 1031, 1021), torch.float32),
+        ((1, 1024, 1024), torch.float64),
+        ((1, 1021, 1031), torch.float64),
+        ((3, 509, 997, 3), torch.float32),
+        ((2, 509, 61, 9), torch.float64),
+        ((3, 2048, 1024), torch.uint8),
+        ((3, 1021, 2053), torch.bfloat16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_outputs_that_stream_past_the_cache(
+    shape: tuple[int, ...], dtype: torch.dtype, shift: int
+) -> None:
+    x = random_bits(shape, dtype)
+    assert x.nbytes >= 2**22 or dtype == torch.float64
+    perms: list[Tensor | None] = [testing.random_rows(shape[0], n) for n in shape[1:3]]
+    perms += [None] * (len(shape) - 3)
+    # One element off, no row starts on a cache line.
+    out = random_bits((x.numel() + shift,), dtype, 1)[shift:].view(shape)
+    assert permute_axes(x, perms, out=out) is out
+    assert_same_bits(out, axes_brute_force(x, perms))
+    assert_same_bits(permute_axes(out, perms, inverse=True), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.float32, torch.complex64], ids=str)
+def test_large_networks_split_anywhere(dtype: torch.dtype) -> None:
+    spec = testing.resnet20_spec()
+    flat, perms = random_bits((5, spec.numel), dtype), spec.random_permutations(5)
+    assert_same_bits(permute(flat, perms, spec), brute_force(flat, perms, spec))
+    assert_same_bits(permute(permute(flat, perms, spec), perms, spec, inverse=True), flat)
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements() -> None:
+    x = torch.zeros(2, 32769, 32768, dtype=torch.int8)
+    x[:, :, 0] = torch.arange(32769).fmod(101).to(torch.int8)
+    x[1, -1] = torch.arange(32768).fmod(97).to(torch.int8)
+    rows = torch.arange(32769).flip(0)
+    cols = torch.randperm(32768)
+    given = permute_axes(x, [rows, cols])
+    for row in (0, 1, 16384, 32767, 32768):
+        assert torch.equal(given[:, row], x[:, 32768 - row][:, cols])
+
+
+def strided(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    a, b, c = shape
+    base = random_bits((2 * a + 1, 3 * b, 2 * c + 1), dtype)
+    return {
+        "transposed": random_bits((c, b, a), dtype).permute(2, 1, 0),
+        "sliced": base[1::2, ::3, 1::2],
+        "offset": base[1 : 1 + a, 1 : 1 + b, 1 : 1 + c],
+        "expanded rows": random_bits((1, b, c), dtype).expand(a, b, c),
+        "expanded columns": random_bits((a, b, 1), dtype).expand(a, b, c),
+    }
+
+
+@pytest.mark.parametrize("kind", strided((1, 1, 1)))
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.complex128])
+def test_any_strides_of_input_and_out(kind: str, dtype: torch.dtype) -> None:
+    x = strided((3, 7, 19), dtype)[kind]
+    perms = [testing.random_rows(3, 7).t().contiguous().t(), torch.randperm(19 * 2)[::2].argsort()]
+    check_axes(x, perms)
+    spec = WeightSpec({"w": ("a", "b")}, {"w": (7, 19)})
+    for flat in (x.flatten(1), x.transpose(0, 1).flatten(1).contiguous().view(7, 57)):
+        named_spec = spec if flat.shape[1] == spec.numel else WeightSpec({"w": ("a",)}, {"w": (57,)})
+        networks = named_spec.random_permutations(flat.shape[0])
+        assert_same_bits(permute(flat, networks, named_spec), brute_force(flat, networks, named_spec))
+    if "expanded" not in kind:
+        out = strided((3, 7, 19), dtype)[kind].clone(memory_format=torch.preserve_format)
+        out = out if kind == "transposed" else strided((3, 7, 19), dtype)[kind]
+        around = out._base.clone() if out._base is not None else None
+        assert permute_axes(x.clone(), perms, out=out) is out
+        assert_same_bits(out, axes_brute_force(x, perms))
+        if around is not None and out._base is not None and kind == "sliced":
+            assert_same_bits(out._base[::2], around[::2])
+
+
+def test_expanded_networks_and_permutations() -> None:
+    spec = testing.mlp_spec(5, 7, 3)
+    flat, perms = torch.randn(1, spec.numel).expand(4, -1), spec.random_permutations(4)
+    assert_same_bits(permute(flat, perms, spec), brute_force(flat.clone(), perms, spec))
+    one = {label: index[:1].expand(4, -1) for label, index in perms.items()}
+    assert_same_bits(permute(flat, one, spec), brute_force(flat.clone(), one, spec))
+    wide = torch.randn(4, 2 * spec.numel)
+    assert_same_bits(permute(wide[:, ::2], perms, spec), brute_force(wide[:, ::2], perms, spec))
+    out = torch.full_like(wide, torch.nan)[:, ::2]
+    assert permute(flat, perms, spec, out=out) is out
+    assert_same_bits(out, brute_force(flat.clone(), perms, spec))
+
+
+def test_conjugate_and_negative_views() -> None:
+    x = torch.randn(2, 5, 19, dtype=torch.complex64)
+    perms = [testing.random_rows(2, 5), testing.random_rows(2, 19)]
+    for view in (x.conj(), x.conj().imag, torch._neg_view(x.real)):
+        assert view.is_conj() or view.is_neg()
+        torch.testing.assert_close(
+            permute_axes(view, perms), axes_brute_force(view.resolve_conj().resolve_neg(), perms),
+            rtol=0, atol=0,
+        )
+    out = torch.zeros_like(x).conj()
+    permute_axes(x, perms, out=out)
+    assert torch.equal(out, axes_brute_force(x, perms))
+    weights = [0.5, -1.0]
+    spec = WeightSpec({"w": ("a",)}, {"w": (19,)})
+    negative = torch._neg_view(torch.randn(2, 19))
+    torch.testing.assert_close(merge(negative, weights, spec), 0.5 * negative[0] - negative[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_out_is_wholly_written_and_returned(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        spec = testing.random_spec(generator)
+        flat, perms = torch.randn(3, spec.numel, dtype=dtype), spec.random_permutations(3)
+        out = torch.full_like(flat, torch.nan)
+        assert permute(flat, perms, spec, out=out) is out
+        assert not out.isnan().any()
+        for shape in ((spec.numel,), (2, spec.numel), (0, spec.numel)):
+            weights = torch.ones(*shape[:-1], 3)
+            out = torch.full(shape, torch.nan, dtype=dtype)
+            assert merge(flat, weights, spec, perms=perms, out=out) is out
+            assert not out.isnan().any()
+            assert_same_bits(out, merge(flat, weights, spec, perms=perms))
+            spaced = torch.full((*shape[:-1], 2 * spec.numel), torch.nan, dtype=dtype)[..., ::2]
+            assert merge(flat, weights, spec, perms=perms, out=spaced) is spaced
+            assert_same_bits(spaced, out)
+
+
+def test_out_that_overlaps_or_wants_gradients_is_refused() -> None:
+    spec = testing.mlp_spec(3, 4, 2)
+    both = torch.randn(5, spec.numel)
+    flat, perms = both[:2], spec.random_permutations(2)
+    for out in (flat, both[1:3]):
+        with pytest.raises(ValueError, match=r"permute: out shares memory with an input"):
+            permute(flat, perms, spec, out=out)
+    permute(flat, perms, spec, out=both[2:4])
+    with pytest.raises(ValueError, match=r"permute: out= does not record gradients"):
+        permute(flat, perms, spec, out=torch.zeros(2, spec.numel, requires_grad=True))
+    with pytest.raises(ValueError, match=r"merge: out= does not record gradients"):
+        merge(flat, torch.ones(2, requires_grad=True), spec, out=torch.zeros(spec.numel))
+    with pytest.raises(ValueError, match=r"permute: out must not be an expanded tensor"):
+        permute(flat, perms, spec, out=torch.zeros(1, spec.numel).expand(2, -1))
+    x = torch.randn(2, 3, requires_grad=True)
+    with pytest.raises(ValueError, match=r"permute_axes: out= does not record gradients"):
+        permute_axes(x, [None], out=torch.zeros(2, 3))
+    with torch.no_grad():
+        permute_axes(x, [None], out=torch.zeros(2, 3))
+
+
+def test_identity_still_copies() -> None:
+    spec = testing.mlp_spec(3, 4, 2)
+    flat = torch.randn(2, spec.numel)
+    for result in (permute(flat, {}, spec), permute_axes(flat, [None])):
+        assert torch.equal(result, flat)
+        assert result.data_ptr() != flat.data_ptr()
+
+
+def test_bad_permutations_are_refused_even_with_nothing_to_move() -> None:
+    twice = torch.tensor([0, 0, 1])
+    spec = WeightSpec({"w": ("a", None)}, {"w": (3, 0)})
+    for n in (0, 2):
+        with pytest.raises(ValueError, match=r"permute: perms\['a'\] is no permutation"):
+            permute(torch.zeros(n, 0), {"a": twice}, spec)
+        with pytest.raises(ValueError, match=r"permute_axes: perms\[0\] is no permutation"):
+            permute_axes(torch.zeros(n, 3, 0), [twice, None])
+    with pytest.raises(ValueError, match=r"merge: perms\['a'\] is no permutation"):
+        merge(torch.zeros(2, 0), [1.0, 1.0], spec, perms={"a": twice})
+
+
+def exact_merge(flat: Tensor, weights: Tensor, spec: WeightSpec, perms: dict[str, Tensor]) -> tuple:
+    """The sums in float64, and the sums of magnitudes that bound their rounding errors."""
+    networks = brute_force(flat.double(), perms, spec)
+    terms = weights.double()[:, :, None] * networks
+    return terms.sum(1), terms.abs().sum(1)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=SEEDS,
+    m=st.integers(1, 6),
+    outputs=st.sampled_from([1, 2, 3, 11, 40]),
+    dtype=st.sampled_from([torch.float64, torch.float32, *HALVES]),
+    permuted=st.booleans(),
+)
+def test_merge_rounds_once(seed: int, m: int, outputs: int, dtype: torch.dtype, permuted: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    spec = testing.random_spec(generator)
+    flat = torch.randn(m, spec.numel, dtype=torch.float64, generator=generator).to(dtype)
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    weights = torch.randn(outputs, m, dtype=torch.float64, generator=generator).to(accumulate)
+    weights[torch.rand(outputs, m, generator=generator) < 0.2] = 0.0
+    perms = random_perms(spec, m, seed) if permuted else {}
+    given = merge(flat, weights, spec, perms=perms if permuted else None)
+    exact, magnitude = exact_merge(flat, weights, spec, perms)
+    summing = m * torch.finfo(accumulate).eps / 2 * magnitude
+    rounding = torch.finfo(dtype).eps / 2 * (exact.abs() + summing)
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
+    assert given.dtype == dtype
+    assert ((given.double() - exact).abs() <= summing + rounding + smallest).all()
+    if dtype in HALVES and spec.numel:
+        eager = (weights @ brute_force(flat.float(), perms, spec)).to(dtype)
+        ulp = torch.finfo(dtype).eps * eager.double().abs() + 2 * smallest
+        assert ((given.double() - eager.double()).abs() <= ulp + 2 * summing).all()
+    for row in range(min(outputs, 3)):
+        one = merge(flat, weights[row].tolist(), spec, perms=perms)
+        torch.testing.assert_close(one, given[row])
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("permuted", [False, True])
+def test_merge_of_every_half_precision_bit_pattern(dtype: torch.dtype, permuted: bool) -> None:
+    flat = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype)[None]
+    spec = WeightSpec({"w": ("a",)}, {"w": (65536,)})
+    p = torch.randperm(65536)
+    given = merge(flat, [1.0], spec, perms={"a": p} if permuted else None)
+    expected = flat[0][p] if permuted else flat[0]
+    nan = expected.isnan()
+    assert torch.equal(given.isnan(), nan)
+    if _load.reasons["cpu"] is None:
+        assert_same_bits(given[~nan], expected[~nan])
+    assert torch.equal(given[~nan], expected[~nan])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
+def test_merge_of_special_values_equals_eager(dtype: torch.dtype) -> None:
+    top, low = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
+    values = [0.0, -0.0, 1.0, top, -top, low, low / 4, torch.inf, -torch.inf, torch.nan]
+    flat = torch.cartesian_prod(*[torch.tensor(values, dtype=dtype)] * 2).T.contiguous()
+    weights = torch.cartesian_prod(*[torch.tensor([0.0, 1.0, -1.0, 0.5, 2.0])] * 2)
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    wide, w = flat.to(accumulate), weights.to(accumulate)
+    expected = (w[:, :1] * wide[0] + w[:, 1:] * wide[1]).to(dtype)
+    torch.testing.assert_close(
+        merge(flat, weights, named(flat.shape[1])), expected, equal_nan=True, rtol=0, atol=0
+    )
+
+
+def test_merge_of_a_large_network_over_threads() -> None:
+    spec = testing.resnet20_spec()
+    flat, perms = torch.randn(3, spec.numel), spec.random_permutations(3)
+    weights = torch.randn(2, 3)
+    exact, magnitude = exact_merge(flat, weights, spec, perms)
+    error = (merge(flat, weights, spec, perms=perms).double() - exact).abs()
+    assert (error <= 4 * torch.finfo(torch.float32).eps * magnitude).all()
+
+
+# What a backend could get wrong, in a few seconds.
+CORE = "brute_force or block_size or row_length or stream or bit_pattern or special or rounds_once"
+
+
+def test_the_backend_is_the_one_asked_for() -> None:
+    host = _load.host()
+    if os.environ.get("WEIGHTOPS_DISABLE_NATIVE"):
+        assert host is None
+        assert not _load.has_kernel("permute", "cpu")
+        assert set(_load.reasons.values()) <= {"WEIGHTOPS_DISABLE_NATIVE is set", "torch was built without CUDA"}
+    elif host is not None and (wish := os.environ.get("WEIGHTOPS_ISA")):
+        assert host.isa in {wish, "generic"}
+
+
+@pytest.mark.parametrize(
+    "setting", ["WEIGHTOPS_ISA=generic", "WEIGHTOPS_ISA=avx2", "WEIGHTOPS_DISABLE_NATIVE=1"]
+)
+def test_other_backends_pass_too(setting: str) -> None:
+    name, value = setting.split("=")
+    if name == "WEIGHTOPS_ISA" and _load.reasons["cpu"] is not None:
+        pytest.skip("no compiled library")
+    if name in os.environ:
+        pytest.skip("runs inside another backend's test")
+    environment = {k: v for k, v in os.environ.items() if k != "WEIGHTOPS_REQUIRE_NATIVE"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
+    result = subprocess.run(
+        [*command, "-k", f"({CORE} or asked_for) and not slow"],
+        env={**environment, name: value},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
