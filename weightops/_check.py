@@ -98,6 +98,8 @@ def out_buffer(
         return
     if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
         raise ValueError(f"{where}: out must not be an expanded tensor (strides {out.stride()})")
+    if out.is_conj() or out.is_neg():
+        raise ValueError(f"{where}: out must not be a conjugate or negative view")
     begin, end = _extent(out)
     for value in inputs:
         if value.numel() and value.device == out.device:

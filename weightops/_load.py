@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 _HERE = Path(__file__).parent
+#: where the libraries lie; another build (with sanitizers, say) can be tried in their place
+_LIBRARIES = Path(os.environ.get("WEIGHTOPS_LIBRARY_DIR", _HERE))
 
 #: library -> why it is not loaded, or ``None`` where it is
 reasons: dict[str, str | None] = {}
@@ -26,7 +28,7 @@ def _disabled() -> bool:
 def _load(name: str) -> str | None:
     if _disabled():
         return _DISABLED
-    path = _HERE / f"_weightops_{name}.so"
+    path = _LIBRARIES / f"_weightops_{name}.so"
     if not path.exists():
         return build().get("reason") or f"{path.name} was not built"
     try:

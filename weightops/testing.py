@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -238,7 +238,6 @@ class Assign:
     family: str
     size: int
     problems: int = 64
-    change: float = field(default=0.02, repr=False)
 
     def __str__(self) -> str:
         return f"{self.family}-{self.problems}x{self.size}"
@@ -252,18 +251,20 @@ class Assign:
         """Each score read once."""
         return self.problems * self.size**2 * 4
 
-    def make(self, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Scores ``[B, n, n]``, and the same after a small change of what they were made of."""
+    def make(self, seed: int = 0, change: float = 0.02) -> tuple[Tensor, Tensor]:
+        """Scores ``[B, n, n]``, and the same after a relative change (in the Frobenius norm)."""
         generator = torch.Generator().manual_seed(seed)
         b, n = self.problems, self.size
-        if self.family == "uniform":
-            score = torch.rand(b, n, n, generator=generator)
-            return score, score + self.change * (torch.rand(b, n, n, generator=generator) - 0.5)
-        left, right = torch.randn(2, b, n, 512, generator=generator)
-        score = left @ right.mT
-        changed = max(1, round(self.change * 512))
-        left[..., :changed] = torch.randn(b, n, changed, generator=generator)
-        return score, left @ right.mT
+
+        def scores() -> Tensor:
+            if self.family == "uniform":
+                return torch.rand(b, n, n, generator=generator)
+            left, right = torch.randn(2, b, n, 512, generator=generator)
+            return left @ right.mT
+
+        score, other = scores(), scores()
+        noise = other - other.mean()
+        return score, score + change * noise * (score.norm() / noise.norm())
 
 
 def best_time(f: Callable[[], Any], seconds: float = 0.5) -> float:

@@ -166,6 +166,7 @@ class Maps {
   }
 
   void load_product(const Plan& plan, const Map& map) {
+    if (map.size == 0) return;  // a factor may be empty
     int32_t* out = indices_.data() + map.start;
     std::fill(out, out + map.size, 0);
     int64_t inner = map.size;
@@ -281,6 +282,14 @@ struct Rows {
   Byte* data;
   int64_t stride;
 };
+
+// For networks without elements, whose permutations nothing else would look at.
+inline bool all_permutations(const Plan& plan, Rows<const int64_t> index, int64_t rows) {
+  Maps maps;
+  for (int64_t row = 0; row < rows; ++row)
+    if (!maps.load(plan, index.data + row * index.stride, false)) return false;
+  return true;
+}
 
 // Output elements [begin, end) of N networks laid end to end. False on an index that is no
 // permutation; the output is then undefined.

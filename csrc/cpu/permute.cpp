@@ -18,10 +18,12 @@ void run_permute(const char* name, const Plan& plan, const Tensor& flat, const T
   const Rows<const char> source = byte_rows(flat);
   const Rows<const int64_t> indices = index_rows(index);
   const Rows<char> destination{static_cast<char*>(out.mutable_data_ptr()), row_stride(out)};
-  const bool valid = all_of_range(count, element_size, [&](int64_t begin, int64_t end) {
-    return permute_range(plan, source, indices, inverse, destination, element_size, stream, begin,
-                         end);
-  });
+  const bool valid =
+      count == 0 ? all_permutations(plan, indices, index.size(0))
+                 : all_of_range(count, element_size, [&](int64_t begin, int64_t end) {
+                     return permute_range(plan, source, indices, inverse, destination, element_size,
+                                          stream, begin, end);
+                   });
   STD_TORCH_CHECK(valid, name, ": index holds a row that is no permutation");
 }
 
@@ -110,8 +112,9 @@ void merge_into(const Tensor& flat, const Tensor& weights, const std::optional<T
   Tensor target = out;
   Tensor merged = rows ? out : torch::stable::new_empty(flat, {out.size(0), out.size(1)});
   const MergeProblem problem{plan, flat.size(0), weights.size(0), byte_rows(networks), indices};
-  bool valid = false;
-  switch (flat.scalar_type()) {
+  bool valid = plan.numel > 0 || !index.has_value() ||
+               all_permutations(plan, indices, index->size(0));
+  if (plan.numel > 0) switch (flat.scalar_type()) {
     case ScalarType::Float: valid = run_merge<float>(problem, dense, merged); break;
     case ScalarType::Double: valid = run_merge<double>(problem, dense, merged); break;
     case ScalarType::Half: valid = run_merge<Half>(problem, dense, merged); break;

@@ -367,6 +367,6 @@ def merge(
     args, op = (flat, rows, index, plan_of(spec)), _merge
     if out is not None:
         _check.out_buffer(where, out, shape, flat, (flat, weights))
-        op, args = _merge_into, (*args, out.view(rows.shape[0], -1) if weights.dim() == 2 else out[None])
+        op, args = _merge_into, (*args, out if weights.dim() == 2 else out[None])
     result = _run(where, op, args, lambda: _explain(spec, where, perms or {}))
     return result.view(shape) if out is None else out

@@ -1,0 +1,76 @@
+# make demo, make test: everything from a fresh machine. See README.md.
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+SOURCES = setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+# glibc keeps freed pages: a fresh 100 MB output costs more in page faults than in arithmetic. The
+# benchmarks run every implementation under these settings.
+ALLOCATOR = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=1073741824
+
+.PHONY: demo test slow bench wheel wheel-check sanitize gpu lint format clean build
+
+build: $(VENV)/built
+
+$(VENV)/ready: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt setuptools wheel cmake ninja pybind11 build \
+		numpy scipy rich matplotlib mlxtend lapx \
+		pytest pytest-benchmark hypothesis expecttest ruff mypy clang-format pre-commit
+	touch $@
+
+$(VENV)/built: $(VENV)/ready $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install -q -c constraints.txt --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: build
+	$(BIN)/python examples/demo.py
+
+test: build
+	$(BIN)/python -m pytest
+
+slow: build
+	$(BIN)/python -m pytest -m slow
+
+bench: build
+	$(ALLOCATOR) $(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench.json -q
+	$(BIN)/python bench/report.py bench.json --save bench/results
+
+wheel: build
+	PATH="$(abspath $(BIN)):$$PATH" WEIGHTOPS_REQUIRE_NATIVE=1 $(BIN)/python -m build -q --wheel --no-isolation
+
+# One wheel under several torch: make wheel-check TORCH="torch==2.13.0 torch"
+TORCH ?= torch==2.13.0
+wheel-check: wheel
+	tests/check_wheel.sh $(PYTHON) dist/weightops-*.whl $(TORCH)
+
+# The kernels' cores alone, then the library under Python, with the address, undefined-behaviour and
+# thread sanitizers.
+sanitize: build
+	$(BIN)/python tests/sanitize.py
+
+# On a machine with a GPU whose own Python has torch: build in place, GPU tests, benchmarks; under
+# 9 minutes. Results: gpu-tests.txt and bench.json in $$OUT (default: build/gpu).
+OUT ?= build/gpu
+gpu:
+	mkdir -p $(OUT)
+	WEIGHTOPS_CUDA=1 WEIGHTOPS_REQUIRE_NATIVE=1 $(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=. $(PYTHON) -m weightops.info --json > $(OUT)/info.json
+	PYTHONPATH=. timeout 240 $(PYTHON) -m pytest tests -m gpu -q 2>&1 | tee $(OUT)/gpu-tests.txt
+	PYTHONPATH=. WEIGHTOPS_BENCH_GPU=1 timeout 240 $(PYTHON) -m pytest bench -q --benchmark-only \
+		--benchmark-json=$(OUT)/bench.json -k "permute or merge"
+	PYTHONPATH=. $(PYTHON) bench/report.py $(OUT)/bench.json --save $(OUT)
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*')
+
+clean:
+	rm -rf build dist *.egg-info weightops/*.so weightops/_build.json

@@ -1,0 +1,60 @@
+"""Builds the kernels with sanitizers and runs them: the cores in C++, the library under Python."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "sanitize"
+WARNINGS = ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+
+
+def run(*command: str | Path, **environment: str) -> None:
+    print("+", *command, flush=True)
+    subprocess.run([str(word) for word in command], check=True, cwd=ROOT, env=os.environ | environment)
+
+
+def cores() -> None:
+    for name, flags in (
+        ("address", ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]),
+        ("thread", ["-fsanitize=thread"]),
+    ):
+        for source in sorted((ROOT / "csrc" / "tests").glob("*.cpp")):
+            program = BUILD / f"{source.stem}-{name}"
+            run("c++", "-std=c++17", "-O1", "-g", *WARNINGS, *flags, source, "-o", program, "-pthread")
+            for isa in ("avx512", "avx2", "generic"):
+                run(program, WEIGHTOPS_ISA=isa)
+
+
+def library() -> None:
+    run(
+        "cmake", "-S", ROOT, "-B", BUILD, "-DWEIGHTOPS_SANITIZE=ON", "-DCMAKE_BUILD_TYPE=RelWithDebInfo",
+        f"-DWEIGHTOPS_TORCH_ROOT={Path(torch.__file__).parent}",
+        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    )  # fmt: skip
+    run("cmake", "--build", BUILD, "--target", "_weightops_cpu", "--parallel", "2")
+    runtime = [
+        subprocess.check_output(["c++", f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    run(
+        sys.executable, "-m", "pytest", "-q", "-x", "tests/ops", "-m", "not slow", "-k", "not subprocess",
+        "-p", "no:cacheprovider",
+        LD_PRELOAD=" ".join(runtime),
+        ASAN_OPTIONS="detect_leaks=0:verify_asan_link_order=0",
+        UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1",
+        WEIGHTOPS_LIBRARY_DIR=str(BUILD),
+        WEIGHTOPS_REQUIRE_NATIVE="1",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    BUILD.mkdir(parents=True, exist_ok=True)
+    cores()
+    library()

@@ -1,0 +1,380 @@
+"""Every argument of every public function x every way to get it wrong: an error that says so."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from weightops import WeightSpec, assign, merge, permute, permute_axes, testing
+
+SPEC = WeightSpec(
+    {"w1": ("h", None), "b": ("h",), "w2": (("k", None), "h")},
+    {"w1": (3, 2), "b": (3,), "w2": (4, 3)},
+    sizes={"k": 2},
+)
+P = SPEC.numel
+FLAT = torch.randn(2, P)
+PERMS = SPEC.random_permutations(2)
+X = torch.randn(2, 3, 4)
+AXES = [torch.tensor([2, 0, 1]), None]
+SCORE = torch.randn(2, 3, 4)
+STATE = {name: tensor[0] for name, tensor in SPEC.unflatten(FLAT).items()}
+
+
+def module(**changes: Tensor) -> nn.Module:
+    holder = nn.Module()
+    for name, tensor in (STATE | changes).items():
+        holder.register_buffer(name, tensor.clone())
+    return holder
+
+
+def _with(mapping: dict, **changes: Any) -> dict:
+    return {k: v for k, v in (mapping | changes).items() if v is not ...}
+
+
+def make(axes: Any = None, shapes: Any = None, sizes: Any = None) -> WeightSpec:
+    axes = {"w": ("a", None)} if axes is None else axes
+    return WeightSpec(axes, {"w": (3, 2)} if shapes is None else shapes, sizes=sizes)
+
+
+#: function -> how to call it, and arguments that it takes
+VALID: dict[str, tuple[Callable, dict[str, Any]]] = {
+    "WeightSpec": (WeightSpec, {"axes": SPEC.axes, "shapes": SPEC.shapes, "sizes": {"k": 2}}),
+    "flatten": (SPEC.flatten, {"models": STATE}),
+    "unflatten": (SPEC.unflatten, {"flat": FLAT}),
+    "load_": (SPEC.load_, {"model": module(), "row": FLAT[0]}),
+    "random_permutations": (SPEC.random_permutations, {"n": 2, "generator": None}),
+    "identity": (SPEC.identity, {"n": 2}),
+    "compose": (SPEC.compose, {"p": PERMS, "q": PERMS}),
+    "invert": (SPEC.invert, {"p": PERMS}),
+    "from_json": (WeightSpec.from_json, {"text": SPEC.to_json()}),
+    "permute": (permute, {"flat": FLAT, "perms": PERMS, "spec": SPEC, "inverse": False, "out": None}),
+    "permute_axes": (permute_axes, {"x": X, "perms": AXES, "inverse": False, "out": None}),
+    "merge": (
+        merge,
+        {"flat": FLAT, "weights": [0.5, 0.5], "spec": SPEC, "perms": None, "out": None},
+    ),
+    "assign": (
+        assign,
+        {"score": SCORE, "maximize": True, "duals": torch.zeros(2, 4), "return_duals": True},
+    ),
+}
+
+H, ONE = PERMS["h"], PERMS["h"][0]
+TYPE, VALUE = TypeError, ValueError
+BAD_PERMS: list[tuple[Any, type, str]] = [
+    ([ONE], TYPE, "{p} must map labels to index tensors, not list"),
+    (ONE, TYPE, r"{p} must map labels .* not a torch.int64 tensor of shape \[3\] on cpu"),
+    ({"z": ONE}, VALUE, r"{p} has label 'z', the spec has \['h', 'k'\]"),
+    ({"h": [0, 1, 2]}, TYPE, r"{p}\['h'\] must be a tensor \[3\] or \[n, 3\], not list \[0, 1, 2\]"),
+    ({"h": None}, TYPE, r"{p}\['h'\] must be a tensor \[3\] or \[n, 3\], not NoneType None"),
+    ({"h": ONE.float()}, TYPE, r"{p}\['h'\] must be int64 or int32, not torch.float32"),
+    ({"h": ONE.bool()}, TYPE, r"{p}\['h'\] must be int64 or int32, not torch.bool"),
+    ({"h": H[None]}, VALUE, r"{p}\['h'\] must have shape \[3\] or \[n, 3\], not \[1, 2, 3\]"),
+    ({"h": torch.tensor(0)}, VALUE, r"{p}\['h'\] must have shape \[3\] or \[n, 3\], not \[\]"),
+    (
+        {"h": torch.arange(4)},
+        VALUE,
+        r"{p}\['h'\] has length 4, but label \"h\" has size 3 \(w1 axis 0\)".replace('\\"', "'"),
+    ),
+    ({"h": torch.tensor([0, -1, 2])}, VALUE, r"{p}\['h'\] is no permutation .*is -1, outside 0..2"),
+    ({"h": torch.tensor([0, 3, 2])}, VALUE, r"{p}\['h'\] is no permutation .*is 3, outside 0..2"),
+    ({"h": torch.tensor([0, 2, 2])}, VALUE, r"{p}\['h'\] is no permutation of 0..2 .*2 stands 2 times"),
+    ({"h": torch.tensor([[0, 1, 2], [1, 1, 0]])}, VALUE, r"{p}\['h'\] .* 1 stands 2 times in row 1"),
+    ({"h": torch.tensor([0, 1, 2**31], dtype=torch.int64)}, VALUE, r"{p}\['h'\] is no permutation"),
+]
+BAD_ROWS: list[tuple[Any, type, str]] = [
+    ({"h": H[:1].expand(5, -1)}, VALUE, r"perms\['h'\] has 5 rows, but flat has 2 networks"),
+    ({"h": H.to("meta")}, VALUE, r"perms\['h'\] is on meta, but flat is on cpu"),
+]
+NOT_A_SPEC: list[tuple[Any, type, str]] = [
+    ({"w1": (3, 2)}, TYPE, "spec must be a WeightSpec, not dict"),
+    (None, TYPE, "spec must be a WeightSpec, not NoneType"),
+]
+BAD_FLAT: list[tuple[Any, type, str]] = [
+    ([1.0], TYPE, r"flat must be a tensor \[N, P\], not list \[1.0\]"),
+    (np.zeros((2, P)), TYPE, r"flat must be a tensor \[N, P\], not ndarray"),
+    (FLAT[0], VALUE, rf"flat must have shape \[N, P\], not \[{P}\]"),
+    (FLAT[None], VALUE, rf"flat must have shape \[N, P\], not \[1, 2, {P}\]"),
+    (FLAT[:, 1:], VALUE, rf"flat has shape \[2, {P - 1}\], but the spec's networks have {P} weights"),
+    (FLAT.to_sparse(), TYPE, "flat must be a dense tensor, not torch.sparse_coo"),
+]
+BAD_FLAG: list[tuple[Any, type, str]] = [
+    (1, TYPE, "{p} must be True or False, not int 1"),
+    (None, TYPE, "{p} must be True or False, not NoneType None"),
+    (torch.tensor(True), TYPE, "{p} must be True or False, not a torch.bool tensor"),
+]
+
+
+def bad_out(shape: list[int]) -> list[tuple[Any, type, str]]:
+    text = re.escape(str(shape))
+    short = [*shape[:-1], shape[-1] - 1]
+    return [
+        ([0.0], TYPE, r"out must be a tensor, not list"),
+        (torch.zeros(short), VALUE, rf"out must have shape {text}, not {re.escape(str(short))}"),
+        (torch.zeros(1, *shape), VALUE, rf"out must have shape {text}, not"),
+        (torch.zeros(shape, dtype=torch.float64), TYPE, "out must be torch.float32, not torch.float64"),
+        (torch.zeros(shape, device="meta"), VALUE, "out is on meta, but the input is on cpu"),
+        (torch.zeros(shape, requires_grad=True), VALUE, "out= does not record gradients"),
+        (torch.zeros(shape[:-1]).unsqueeze(-1).expand(shape), VALUE, "out must not be an expanded"),
+        (torch.zeros(shape).to_sparse(), TYPE, "out must be a dense tensor, not torch.sparse_coo"),
+    ]
+
+
+def bad_count(value: Any) -> tuple[Any, type, str]:
+    return (value, TYPE, "n must be an integer, not " + type(value).__name__)
+
+
+nan = SCORE.clone()
+nan[1, 2, 3] = torch.nan
+infinite = SCORE.clone()
+infinite[0, 1, 0] = -torch.inf
+
+#: function, argument -> (what is given instead, error, what the message says behind "function: ")
+SWEEP: dict[tuple[str, str], list[tuple[Any, type, str]]] = {
+    ("flatten", "models"): [
+        (3, TYPE, "models must be a module, a state dict or a non-empty list of them, not int 3"),
+        ([], TYPE, "models must be .* not list"),
+        ("ab", TYPE, "models must be .* not str 'ab'"),
+        ([STATE, 3], TYPE, r"models\[1\] must be a module or a state dict, not int 3"),
+        (_with(STATE, b=...), VALUE, "models has no tensor 'b', which the spec names"),
+        ([STATE, _with(STATE, b=...)], VALUE, r"models\[1\] has no tensor 'b'"),
+        (_with(STATE, extra=torch.ones(3)), VALUE, "models has a tensor 'extra', which the spec lacks"),
+        (_with(STATE, b=[0.0] * 3), TYPE, r"models\['b'\] must be a tensor \[3\], not list"),
+        (_with(STATE, b=torch.ones(4)), VALUE, r"b has shape \[4\], the spec's is \[3\]"),
+        (module(b=torch.ones(3, 1)), VALUE, r"b has shape \[3, 1\], the spec's is \[3\]"),
+        (_with(STATE, b=STATE["b"].double()), TYPE, "b is torch.float64, others are torch.float32"),
+        (_with(STATE, b=STATE["b"].to("meta")), VALUE, "b is on meta, but others is on cpu"),
+    ],
+    ("unflatten", "flat"): [BAD_FLAT[0], BAD_FLAT[4], (torch.tensor(0.0), VALUE, r"flat has shape \[\]")],
+    ("load_", "model"): [
+        (STATE, TYPE, "model must be a module, not dict"),
+        (nn.Linear(2, 3), VALUE, "model has no tensor 'w1', which the spec names"),
+        (module(b=torch.ones(4)), VALUE, r"b has shape \[4\], the spec's is \[3\]"),
+        (module().double(), TYPE, "w1 is torch.float64, but row is torch.float32"),
+    ],
+    ("load_", "row"): [
+        (STATE, TYPE, r"row must be a tensor \[P\], not dict"),
+        (FLAT, VALUE, rf"row must have shape \[P\], not \[2, {P}\]"),
+        (FLAT[0, 1:], VALUE, rf"row has shape \[{P - 1}\], but the spec's networks have {P} weights"),
+        (FLAT[0].half(), TYPE, "w1 is torch.float32, but row is torch.float16"),
+        (FLAT[0].to("meta"), VALUE, "row is on meta"),
+    ],
+    ("random_permutations", "n"): [*map(bad_count, (1.5, "2", None, True)), (-1, VALUE, "n must be at least 0, not -1")],
+    ("random_permutations", "generator"): [(0, TYPE, "generator must be a torch.Generator, not int 0")],
+    ("identity", "n"): [*map(bad_count, (1.5, "2", None, False)), (-2, VALUE, "n must be at least 0, not -2")],
+    ("compose", "p"): [*BAD_PERMS, ({"h": H.repeat(3, 1)}, VALUE, r"p\['h'\] has 6 rows, but q\['h'\] has 2")],
+    ("compose", "q"): [*BAD_PERMS, ({"h": H.to("meta")}, VALUE, r"q\['h'\] is on meta, but p\['h'\] is on cpu")],
+    ("invert", "p"): BAD_PERMS,
+    ("from_json", "text"): [
+        (None, TYPE, "text must be a string, not NoneType"),
+        ("", VALUE, "text is not a WeightSpec: JSONDecodeError"),
+        ("[]", VALUE, "text is not a WeightSpec: TypeError"),
+        ("{}", VALUE, "text is not a WeightSpec: KeyError"),
+        ('{"axes": {"w": 3}, "shapes": {}, "sizes": {}}', VALUE, "text is not a WeightSpec"),
+    ],
+    ("permute", "flat"): BAD_FLAT,
+    ("permute", "perms"): [*BAD_PERMS, *BAD_ROWS, (None, TYPE, "perms must map labels")],
+    ("permute", "spec"): NOT_A_SPEC,
+    ("permute", "inverse"): BAD_FLAG,
+    ("permute", "out"): bad_out([2, P]),
+    ("permute_axes", "x"): [
+        ([1.0], TYPE, r"x must be a tensor \[B, ...\], not list"),
+        (np.zeros((2, 3, 4)), TYPE, r"x must be a tensor \[B, ...\], not ndarray"),
+        (torch.tensor(1.0), VALUE, r"perms has 2 entries, but x \[\] has 0 axes behind the first"),
+        (X[0], VALUE, r"perms has 2 entries, but x \[3, 4\] has 1 axes behind the first"),
+        (X.mT, VALUE, r"perms\[0\] has length 3, but axis 1 of x has size 4"),
+        (X.to("meta"), VALUE, r"perms\[0\] is on cpu, but x is on meta"),
+        (X.to_sparse(), TYPE, "x must be a dense tensor, not torch.sparse_coo"),
+    ],
+    ("permute_axes", "perms"): [
+        (ONE, TYPE, "perms must be a list with an entry per axis of x behind the first, not a torch.int64"),
+        ({"h": ONE}, TYPE, "perms must be a list .* not dict"),
+        ([ONE], VALUE, r"perms has 1 entries, but x \[2, 3, 4\] has 2 axes behind the first"),
+        ([ONE, [0, 1, 2, 3]], TYPE, r"perms\[1\] must be a tensor \[B, n\] or \[n\], not list"),
+        ([ONE.float(), None], TYPE, r"perms\[0\] must be int64 or int32, not torch.float32"),
+        ([None, ONE], VALUE, r"perms\[1\] has length 3, but axis 2 of x has size 4"),
+        ([H.repeat(2, 1), None], VALUE, r"perms\[0\] must have shape \[2, 3\] or \[3\], not \[4, 3\]"),
+        ([H[None], None], VALUE, r"perms\[0\] must have shape \[2, 3\] or \[3\], not \[1, 2, 3\]"),
+        ([ONE.to("meta"), None], VALUE, r"perms\[0\] is on meta, but x is on cpu"),
+        ([None, torch.tensor([0, 1, -1, 3])], VALUE, r"perms\[1\] is no permutation of 0..3: .*-1, outside 0..3"),
+        ([None, torch.tensor([0, 1, 4, 3])], VALUE, r"perms\[1\] is no permutation of 0..3: .*4, outside 0..3"),
+        ([None, torch.tensor([0, 1, 1, 3])], VALUE, r"perms\[1\] is no permutation of 0..3: 1 stands 2 times"),
+    ],
+    ("permute_axes", "inverse"): BAD_FLAG,
+    ("permute_axes", "out"): bad_out([2, 3, 4]),
+    ("merge", "flat"): [
+        *BAD_FLAT,
+        (FLAT.int(), TYPE, "flat must be float16, bfloat16, float32 or float64, not torch.int32"),
+        (FLAT.cfloat(), TYPE, "flat must be float16, bfloat16, float32 or float64, not torch.complex64"),
+        (FLAT.to(torch.float8_e4m3fn), TYPE, "flat must be float16, .* not torch.float8_e4m3fn"),
+        (FLAT[:1], VALUE, r"weights must have shape \[1\] or \[L, 1\] for 1 networks, not \[2\]"),
+    ],
+    ("merge", "weights"): [
+        ("ab", TYPE, "weights must be a tensor or a list of numbers, not str 'ab'"),
+        (None, TYPE, "weights must be .* not NoneType"),
+        ({"a": 1}, TYPE, "weights must be .* not dict"),
+        ([0.5, "x"], TYPE, "weights must be .* not list"),
+        ([[0.5, 0.5], [1.0]], TYPE, "weights must be .* not list"),
+        ([0.5, 1j], TYPE, "weights must be .* not list"),
+        ([10**400, 1], TYPE, "weights must be .* not list"),
+        ([torch.tensor(0.5, requires_grad=True), 0.5], TYPE, "weights must be .* not list"),
+        (0.5, VALUE, r"weights must have shape \[2\] or \[L, 2\] for 2 networks, not \[\]"),
+        ([1.0], VALUE, r"weights must have shape \[2\] .* not \[1\]"),
+        (torch.ones(1, 1, 2), VALUE, r"weights must have shape \[2\] .* not \[1, 1, 2\]"),
+        (torch.ones(2, dtype=torch.bool), TYPE, "weights must be real numbers, not torch.bool"),
+        (torch.ones(2, dtype=torch.cfloat), TYPE, "weights must be real numbers, not torch.complex64"),
+        (torch.ones(2, device="meta"), VALUE, "weights is on meta, but flat is on cpu"),
+    ],
+    ("merge", "spec"): NOT_A_SPEC,
+    ("merge", "perms"): [*BAD_PERMS, *BAD_ROWS],
+    ("merge", "out"): bad_out([P]),
+    ("assign", "score"): [
+        ([[1.0]], TYPE, r"score must be a tensor \[B, n, m\], not list"),
+        (np.array(["a"]), TYPE, r"score must be a tensor \[B, n, m\], not ndarray"),
+        (SCORE[0, 0], VALUE, r"score must have shape \[B, n, m\] or \[n, m\], not \[4\]"),
+        (SCORE[None], VALUE, r"score must have shape \[B, n, m\] or \[n, m\], not \[1, 2, 3, 4\]"),
+        (SCORE.cfloat(), TYPE, "score must be real numbers, not torch.complex64"),
+        (SCORE > 0, TYPE, "score must be real numbers, not torch.bool"),
+        (SCORE.mT, VALUE, "score has 4 rows and 3 columns; each row needs a column of its own"),
+        (nan, VALUE, r"score must be finite, but score\[1, 2, 3\] is nan"),
+        (infinite.numpy(), VALUE, r"score must be finite, but score\[0, 1, 0\] is -inf"),
+        (nan.half(), VALUE, r"score must be finite, but score\[1, 2, 3\] is nan"),
+        (SCORE.to_sparse(), TYPE, "score must be a dense tensor, not torch.sparse_coo"),
+    ],
+    ("assign", "maximize"): BAD_FLAG,
+    ("assign", "return_duals"): BAD_FLAG,
+    ("assign", "duals"): [
+        ([0.0], TYPE, r"duals must be a tensor \[2, 4\], not list"),
+        (torch.zeros(2, 3), VALUE, r"duals must have shape \[2, 4\], not \[2, 3\]"),
+        (torch.zeros(4), VALUE, r"duals must have shape \[2, 4\], not \[4\]"),
+        (torch.zeros(2, 4, dtype=torch.int64), TYPE, "duals must be floating point, not torch.int64"),
+        (torch.zeros(2, 4, device="meta"), VALUE, "duals is on meta, but score is on cpu"),
+        (np.array([["a"] * 4] * 2), TYPE, r"duals must be a tensor \[2, 4\], not ndarray"),
+    ],
+}
+
+CASES = [
+    pytest.param(where, argument, value, error, text, id=f"{where}-{argument}-{i}")
+    for (where, argument), cases in SWEEP.items()
+    for i, (value, error, text) in enumerate(cases)
+]
+
+
+@pytest.mark.parametrize(("where", "argument", "value", "error", "text"), CASES)
+def test_bad_argument_is_named(
+    where: str, argument: str, value: Any, error: type, text: str
+) -> None:
+    function, arguments = VALID[where]
+    # The other arguments are right, so the message is about this one.
+    pattern = f"^{where}: " + text.replace("{p}", argument)
+    with pytest.raises(error, match=pattern):
+        function(**(arguments | {argument: value}))
+
+
+def test_the_sweep_leaves_no_argument_out() -> None:
+    swept = {(where, argument) for where, argument in SWEEP if where != "WeightSpec"}
+    for where, (function, arguments) in VALID.items():
+        function(**arguments)
+        if where != "WeightSpec":
+            assert {(where, argument) for argument in arguments} <= swept
+
+
+def test_merge_of_no_network_is_refused() -> None:
+    with pytest.raises(ValueError, match="^merge: flat holds no network"):
+        merge(FLAT[:0], torch.ones(1, 0), SPEC)
+
+
+def test_meta_tensors_pass_where_all_are_meta() -> None:
+    meta = {label: index.to("meta") for label, index in PERMS.items()}
+    flat = FLAT.to("meta")
+    assert permute(flat, meta, SPEC).shape == flat.shape
+    assert permute(flat, meta, SPEC, out=torch.empty_like(flat)).is_meta
+    assert merge(flat, [1.0, 2.0], SPEC, perms=meta).shape == (P,)
+    assert permute_axes(X.to("meta"), [ONE.to("meta"), None]).is_meta
+    assert assign(SCORE.to("meta")).shape == (2, 3)
+
+
+def _tensor(shape: list[int], dtype: torch.dtype, device: str, sparse: bool) -> Tensor:
+    x = torch.zeros(shape, dtype=dtype)
+    return x.to_sparse() if sparse else x.to(device)
+
+
+SIZES = st.lists(st.sampled_from([0, 1, 2, 3, 4, P]), max_size=4)
+DTYPES = [
+    *(torch.bool, torch.uint8, torch.int32, torch.int64, torch.uint16, torch.float16, torch.bfloat16),
+    *(torch.float32, torch.float64, torch.complex64, torch.float8_e5m2),
+]
+TENSORS = st.builds(
+    _tensor,
+    SIZES,
+    st.sampled_from(DTYPES),
+    st.sampled_from(["cpu", "cpu", "cpu", "meta"]),
+    st.just(False),
+) | st.builds(_tensor, SIZES, st.just(torch.float32), st.just("cpu"), st.just(True))
+ARRAYS = st.builds(
+    lambda shape, dtype, order: np.zeros(shape).astype(dtype)[::order] if shape else np.zeros(()),
+    SIZES,
+    st.sampled_from(["f4", ">f8", "f2", "i8", "U3", "O", "g", "c16", "?", "M8[s]"]),
+    st.sampled_from([1, -1]),
+)
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-100, 100)
+    | st.sampled_from([2**31, 2**63, -(2**64), 10**400])
+    | st.floats()
+    | st.text(max_size=3)
+    | st.binary(max_size=3)
+    | st.complex_numbers()
+    | st.builds(object)
+    | st.sampled_from(["h", "k", "w1", SPEC, nn.Linear(2, 3), torch.float32, int])
+    | TENSORS
+    | ARRAYS
+)
+KEYS = st.sampled_from(["h", "k", "w1", "b", "w2", "z"]) | st.none() | st.integers(0, 2)
+JUNK = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3)
+    | st.lists(inner, max_size=3).map(tuple)
+    | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=6,
+)
+# Reasonable memory, not a reasonable number, is what bounds these.
+COUNTS = JUNK.filter(lambda value: type(value) is not int or value < 1000)
+
+
+@pytest.mark.parametrize("where", VALID)
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_junk_raises_nothing_but_value_and_type_errors(where: str, data: st.DataObject) -> None:
+    function, arguments = VALID[where]
+    argument = data.draw(st.sampled_from(sorted(arguments)))
+    junk = data.draw(COUNTS if argument == "n" else JUNK)
+    try:
+        function(**(arguments | {argument: junk}))
+    except (TypeError, ValueError) as error:
+        assert str(error).startswith(f"{where}: ") or where == "from_json", error
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(st.sampled_from(["axes", "shapes", "sizes"]), st.dictionaries(st.sampled_from("ab"), JUNK)))
+def test_junk_inside_a_spec_raises_nothing_but_value_and_type_errors(inside: dict) -> None:
+    arguments = {"axes": {"a": ("h",)}, "shapes": {"a": (3,)}} | inside
+    try:
+        spec = WeightSpec(**arguments)
+    except (TypeError, ValueError) as error:
+        assert str(error).startswith("WeightSpec: ")
+    else:
+        assert WeightSpec.from_json(spec.to_json()) == spec
+
+
+def test_assert_equivariant_refuses_what_proves_nothing() -> None:
+    with pytest.raises(ValueError, match="^assert_equivariant: the spec has no permutable axis"):
+        testing.assert_equivariant(lambda x: x, torch.ones(1, 2), WeightSpec({"w": (None,)}, {"w": (2,)}))

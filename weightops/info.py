@@ -1,0 +1,60 @@
+"""``python -m weightops.info [--json]``: what is installed, what was built, and which kernel serves what."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from typing import Any
+
+import torch
+
+import weightops
+from weightops import _load, _op
+
+
+def collect() -> dict[str, Any]:
+    """Versions, libraries (``None``: loaded; else why not), and per op the backend of each device."""
+    host = _load.host()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "weightops": weightops.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "instruction_set": host.isa if host else None,
+        "gpus": gpus,
+        "build": _load.build(),
+        "libraries": dict(_load.reasons),
+        "ops": {name: _backends(name) for name in _op.names if not name.endswith("_into")},
+    }
+
+
+def _backends(name: str) -> dict[str, str]:
+    cpu = "C++" if _load.has_kernel(name, "cpu") else "reference (plain torch)"
+    cuda = "CUDA C++" if _load.has_kernel(name, "cuda") else "reference (plain torch)"
+    if name == "assign":
+        # Solved on the host wherever the scores are.
+        cpu = cuda = "C++" if _load.has_kernel(name, "cpu") else "scipy"
+    return {"cpu": cpu, "cuda": cuda}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m weightops.info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    facts = collect()
+    if parser.parse_args().json:
+        print(json.dumps(facts, indent=2))
+        return
+    print(f"weightops {facts['weightops']}, torch {facts['torch']}, Python {facts['python']}")
+    print(f"{facts['machine']}, {facts['threads']} threads, {facts['instruction_set'] or 'no'} kernels")
+    print(f"GPUs: {', '.join(facts['gpus']) or 'none'}")
+    for name, reason in facts["libraries"].items():
+        print(f"library {name:5} {'loaded' if reason is None else 'not loaded: ' + reason}")
+    for name, backends in facts["ops"].items():
+        print(f"op {name:13} CPU: {backends['cpu']:24} CUDA: {backends['cuda']}")
+
+
+if __name__ == "__main__":
+    main()
