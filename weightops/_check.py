@@ -21,8 +21,15 @@ def tensor(where: str, name: str, value: Any, shape: str, dims: int | None = Non
     """``value`` must be a tensor, with ``dims`` axes where given; ``shape`` is how docs write it."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: {name} must be a tensor {shape}, not {describe(value)}")
+    dense(where, name, value)
     if dims is not None and value.dim() != dims:
         raise ValueError(f"{where}: {name} must have shape {shape}, not {list(value.shape)}")
+
+
+def dense(where: str, name: str, value: Tensor) -> None:
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "a nested one" if value.is_nested else value.layout
+        raise TypeError(f"{where}: {name} must be a dense tensor, not {layout}")
 
 
 def size(where: str, name: str, given: int, expected: int, of: str) -> None:
@@ -64,6 +71,8 @@ def finite(where: str, name: str, value: Tensor) -> None:
 
 def permutation_fault(index: Tensor) -> str | None:
     """What keeps a row of ``index`` [..., n] from being a permutation of 0 .. n - 1, or ``None``."""
+    if index.is_meta:
+        return None
     n = index.shape[-1]
     outside = (index < 0) | (index >= n)
     if outside.any():
@@ -85,6 +94,7 @@ def out_buffer(
     """``out`` must be able to take a result of ``shape`` and of ``like``'s dtype and device."""
     if not isinstance(out, Tensor):
         raise TypeError(f"{where}: out must be a tensor, not {describe(out)}")
+    dense(where, "out", out)
     if list(out.shape) != list(shape):
         raise ValueError(f"{where}: out must have shape {list(shape)}, not {list(out.shape)}")
     if out.dtype != like.dtype:
@@ -94,7 +104,7 @@ def out_buffer(
         raise ValueError(
             f"{where}: out= does not record gradients; call without out, or under torch.no_grad()"
         )
-    if torch.compiler.is_compiling() or out.numel() == 0:
+    if torch.compiler.is_compiling() or out.is_meta or out.numel() == 0:
         return
     if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
         raise ValueError(f"{where}: out must not be an expanded tensor (strides {out.stride()})")

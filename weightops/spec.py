@@ -72,6 +72,11 @@ class WeightSpec:
                 raise TypeError(
                     f"WeightSpec: {name} must map tensor names, not {_check.describe(value)}"
                 )
+            for key in value:
+                if not isinstance(key, str):
+                    raise TypeError(
+                        f"WeightSpec: {name} must map tensor names, but has {_check.describe(key)}"
+                    )
         for name in axes.keys() ^ shapes.keys():
             has, lacks = ("axes", "shapes") if name in axes else ("shapes", "axes")
             raise ValueError(f"WeightSpec: {name!r} is in {has}, but not in {lacks}")
@@ -83,7 +88,7 @@ class WeightSpec:
                     f"WeightSpec: {name} has shape {list(shape)}, but axes gives it "
                     f"{len(checked_axes[name])} entries {checked_axes[name]}"
                 )
-        labels = _label_sizes(checked_axes, checked_shapes, sizes or {})
+        labels = _label_sizes(checked_axes, checked_shapes, {} if sizes is None else sizes)
         *offsets, numel = accumulate(map(prod, checked_shapes.values()), initial=0)
         for attribute, value in (
             ("_axes", checked_axes),
@@ -211,6 +216,9 @@ class WeightSpec:
         if not isinstance(model, nn.Module):
             raise TypeError(f"load_: model must be a module, not {_check.describe(model)}")
         _check.tensor("load_", "row", row, "[P]", 1)
+        self.check_flat("load_", row, "row")
+        if row.is_meta:
+            raise ValueError("load_: row is on meta, where tensors hold no values")
         views = self.unflatten(row)
         state = self._state("load_", "model", model)
         for name, tensor in state.items():
@@ -441,6 +449,8 @@ def _shape_of(name: str, shape: Any) -> torch.Size:
             )
         if length < 0:
             raise ValueError(f"WeightSpec: shapes[{name!r}][{axis}] must be at least 0, not {length}")
+        if length >= 2**63:
+            raise ValueError(f"WeightSpec: shapes[{name!r}][{axis}] must be below 2^63, not {length}")
     return torch.Size(shape)
 
 
@@ -476,35 +486,37 @@ def _label_sizes(
     for label, size in given.items():
         if label not in order:
             raise ValueError(f"WeightSpec: sizes has label {label!r}, axes has {list(order)}")
-        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(
-                f"WeightSpec: sizes[{label!r}] must be a length, not {_check.describe(size)}"
+                f"WeightSpec: sizes[{label!r}] must be an integer, not {_check.describe(size)}"
             )
+        if size < 0:
+            raise ValueError(f"WeightSpec: sizes[{label!r}] must be at least 0, not {size}")
         settle(label, size, "sizes")
 
     # A product with a single unknown factor tells that factor; repeat until none does.
     waiting = products
     while waiting:
-        unknown = [[label for label in entry if label not in sizes] for entry, _, _ in waiting]
-        progress = [
-            (item, missing)
-            for item, missing in zip(waiting, unknown, strict=True)
-            if len(missing) <= 1
-        ]
-        if not progress:
-            (entry, length, place), missing = waiting[0], unknown[0]
-            raise ValueError(
-                f"WeightSpec: the sizes of {missing} can't be told from {place}, a product "
-                f"{entry} of length {length}; pass them as sizes={{...}}"
-            )
-        for (entry, length, place), missing in progress:
+        later = []
+        for entry, length, place in waiting:
+            missing = [label for label in entry if label not in sizes]
+            if len(missing) > 1:
+                later.append((entry, length, place))
+                continue
             known = prod(sizes[label] for label in entry if label in sizes and label is not None)
-            if known == 0 or length % known or (not missing and length != known):
+            if (known == 0 or length % known) if missing else length != known:
                 raise ValueError(
                     f"WeightSpec: {place} has length {length}, but its factors {entry} make "
                     f"{known}{' times something' if missing else ''}"
                 )
             if missing and missing[0] is not None:
                 settle(missing[0], length // known, place)
-        waiting = [item for item, missing in zip(waiting, unknown, strict=True) if len(missing) > 1]
+        if len(later) == len(waiting):
+            entry, length, place = later[0]
+            labels = [label for label in dict.fromkeys(entry) if label is not None and label not in sizes]
+            raise ValueError(
+                f"WeightSpec: the sizes of {labels} can't be told from {place}, a product "
+                f"{entry} of length {length}; pass them as sizes={{...}}"
+            )
+        waiting = later
     return {label: sizes[label] for label in order}

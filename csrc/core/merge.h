@@ -115,13 +115,13 @@ bool merge_range(const MergeProblem& problem, const typename Accumulator<T>::typ
       return false;
   // Sums of all outputs over a run stay in the second-level cache.
   const int64_t run_limit =
-      std::max<int64_t>(256, std::min<int64_t>(2048, 131072 / std::max<int64_t>(1, problem.outputs)));
+      std::max<int64_t>(512, std::min<int64_t>(8192, 131072 / std::max<int64_t>(1, problem.outputs)));
   std::vector<Sum> sums(problem.outputs * run_limit);
   std::vector<T> staged(run_limit);
   Cursor start(problem.plan, sizeof(T), false);
   while (begin < end) {
-    const int64_t run = std::min(run_limit, end - begin);
     start.seek(begin);
+    const int64_t run = start.good_run(std::min(run_limit, end - begin));
     for (int64_t m = 0; m < problem.networks; ++m) {
       const char* network = problem.flat.data + m * problem.flat.stride * sizeof(T);
       const T* values = reinterpret_cast<const T*>(network) + begin;

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -186,6 +187,11 @@ class Maps {
 };
 
 class Cursor {
+  static constexpr int64_t kStageBytes = 8192;
+  struct Scratch {
+    alignas(64) char bytes[kScratchBytes];
+  };
+
  public:
   // `stream`: the output is too large to find in the cache later, and may go past it.
   Cursor(const Plan& plan, int64_t element_size, bool stream)
@@ -204,13 +210,28 @@ class Cursor {
     row_ = rest / (tensor.block * tensor.columns);
   }
 
+  // How many of the next `limit` output elements to take at once: whole groups of rows, which gather
+  // fastest, where they fit.
+  int64_t good_run(int64_t limit) const {
+    const TensorPlan& tensor = plan_.tensors[tensor_];
+    const int64_t row_size = tensor.columns * tensor.block, group = kMaxRows * row_size;
+    const int64_t in_row = column_ * tensor.block + within_;
+    if (in_row > 0) return std::min(limit, row_size - in_row);
+    return limit >= group ? std::min(limit / group * group, tensor.numel - row_ * row_size) : limit;
+  }
+
   // Writes the next `count` output elements, read from the network at `source` through `maps`.
   void fill(const Maps& maps, const char* source, char* destination, int64_t count) {
     while (count > 0) {
       const TensorPlan& tensor = plan_.tensors[tensor_];
       const int64_t rest = tensor.numel - (row_ * tensor.columns + column_) * tensor.block - within_;
       const int64_t run = std::min(rest, count);
-      fill_tensor(tensor, maps, source + tensor.offset * size_, destination, run);
+      const char* from = source + tensor.offset * size_;
+      // Single elements are streamed by the gather itself where their rows lie on lines.
+      if (stream_ && tensor.block > 1)
+        stage_tensor(tensor, maps, from, destination, run);
+      else
+        fill_tensor(tensor, maps, from, destination, run);
       destination += run * size_;
       count -= run;
       if (run == rest) {
@@ -221,11 +242,37 @@ class Cursor {
   }
 
  private:
+  // Runs are gathered in the first-level cache and leave in whole lines.
+  void stage_tensor(const TensorPlan& tensor, const Maps& maps, const char* source,
+                    char* destination, int64_t count) {
+    const int64_t misaligned = reinterpret_cast<uintptr_t>(destination) % 64;
+    if (misaligned % size_ != 0) return fill_tensor(tensor, maps, source, destination, count);
+    const int64_t head = std::min(count, (64 - misaligned) % 64 / size_), line = 64 / size_;
+    fill_tensor(tensor, maps, source, destination, head);
+    destination += head * size_;
+    for (count -= head; count >= line;) {
+      const int64_t run = std::min(kStageBytes / size_, count / line * line);
+      fill_tensor(tensor, maps, source, scratch_->bytes, run);
+      stream_lines(destination, scratch_->bytes, run * size_);
+      destination += run * size_;
+      count -= run;
+    }
+    fill_tensor(tensor, maps, source, destination, count);
+  }
+
   void fill_tensor(const TensorPlan& tensor, const Maps& maps, const char* source,
                    char* destination, int64_t count) {
     const int64_t block = tensor.block, columns = tensor.columns, block_bytes = block * size_;
     const int32_t* index = tensor.column_map == kFixed ? &zero_ : maps.at(plan_, tensor.column_map);
-    const auto row = [&](int64_t r) { return source + row_offset(tensor, maps, r) * size_; };
+    // One permuted axis before the columns is the common case, and rows may be short.
+    const OuterAxis* only = tensor.outer_end - tensor.outer_begin == 1 ? &plan_.outer[tensor.outer_begin] : nullptr;
+    const int32_t* row_index = only && only->map != kFixed ? maps.at(plan_, only->map) : nullptr;
+    const int64_t row_bytes = only ? only->stride * size_ : 0;
+    const int64_t last_row = tensor.numel / (columns * block) - 1;
+    const auto row = [&](int64_t r) {
+      if (row_index != nullptr) return source + row_index[r] * row_bytes;
+      return source + row_offset(tensor, maps, r) * size_;
+    };
     while (count > 0) {
       int64_t produced;
       if (within_ > 0 || count < block) {
@@ -240,8 +287,11 @@ class Cursor {
       } else {
         const int64_t run = std::min(columns - column_, count / block);
         const int rows = run < columns ? 1 : std::min<int64_t>(kMaxRows, count / (columns * block));
-        RowGather job{{}, rows, index + column_, run, block_bytes, columns, stream_};
-        for (int r = 0; r < rows; ++r) job.rows[r] = row(row_ + r);
+        RowGather job{{}, {}, rows, index + column_, run, block_bytes, columns, stream_, scratch_->bytes};
+        for (int r = 0; r < rows; ++r) {
+          job.rows[r] = row(row_ + r);
+          job.ahead[r] = row(std::min(row_ + rows + r, last_row)) + column_ * block_bytes;
+        }
         gather(destination, job);
         column_ += run;
         row_ += rows - 1;
@@ -272,6 +322,7 @@ class Cursor {
   const Plan& plan_;
   int64_t size_;
   bool stream_;
+  std::shared_ptr<Scratch> scratch_{new Scratch};  // left uninitialised
   int64_t row_ = 0, column_ = 0, within_ = 0;
   size_t tensor_ = 0;
 };

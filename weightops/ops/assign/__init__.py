@@ -81,7 +81,7 @@ def assign(
     _check.flag("assign", "maximize", maximize)
     _check.flag("assign", "return_duals", return_duals)
     arrays = isinstance(score, np.ndarray)
-    given = torch.from_numpy(np.ascontiguousarray(score)) if arrays and _numeric(score) else score
+    given = _shared(score)
     _check.tensor("assign", "score", given, "[B, n, m]")
     if given.dim() not in (2, 3):
         raise ValueError(
@@ -97,7 +97,7 @@ def assign(
         )
     start = None
     if duals is not None:
-        start = torch.from_numpy(duals) if isinstance(duals, np.ndarray) else duals
+        start = _shared(duals)
         shape = [*given.shape[:-2], cols]
         _check.tensor("assign", "duals", start, str(shape))
         if list(start.shape) != shape:
@@ -118,8 +118,13 @@ def assign(
     return (columns, potentials) if return_duals else columns
 
 
-def _numeric(score: np.ndarray) -> bool:
-    return score.dtype.kind in "biufc"
+def _shared(value: Any) -> Any:
+    """A numpy array of numbers as a tensor, without a copy where torch can share its memory."""
+    if not isinstance(value, np.ndarray):
+        return value
+    if value.dtype.kind not in "biufc" or value.dtype.char in "gG":
+        return value
+    return torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
 
 
 def _solve(
@@ -131,7 +136,7 @@ def _solve(
             duals = None if start is None else start.numpy()
             found = host.assign(problems.numpy(), maximize, duals, torch.get_num_threads())
             return torch.from_numpy(found[0]), torch.from_numpy(found[1])
-        if device.type != "cpu":
+        if device.type not in ("cpu", "meta"):
             start = None if start is None else start.cpu()
             columns, potentials = _assign(problems.cpu(), maximize, start)
             return columns.to(device), potentials.to(device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -158,28 +158,35 @@ _merge_into = _op.define_into(
 
 def _pack(where: str, perms: Permutations, spec: WeightSpec, flat: Tensor) -> Tensor:
     """Permutations of all labels side by side, [N or 1, total size], in the spec's order."""
-    spec.check_permutations(where, perms, values=False)
-    n = flat.shape[0]
-    parts, rows = [], 1
-    for label, size in spec.labels.items():
-        part = perms.get(label)
+    n, device = flat.shape[0], flat.device
+    parts, rows, found = [], 1, 0
+    for label, size in spec._labels.items():
+        part = perms.get(label) if isinstance(perms, Mapping) else None
         if part is None:
-            parts.append(torch.arange(size, device=flat.device)[None])
+            parts.append(torch.arange(size, device=device)[None])
             continue
-        _check.same_device(where, f"perms[{label!r}]", part, "flat", flat)
-        if part.dim() == 1:
-            part = part[None]
-        else:
-            if part.shape[0] != n:
+        found += 1
+        if not isinstance(part, Tensor) or part.shape != (n, size) or part.dtype != torch.int64:
+            # Anything but the usual is looked at one by one, off the path that small networks feel.
+            spec.check_permutations(where, {label: part}, values=False)
+            if part.dim() == 1:
+                part = part[None]
+            elif part.shape[0] != n:
                 raise ValueError(
                     f"{where}: perms[{label!r}] has {part.shape[0]} rows, but flat has {n} networks"
                 )
-            rows = n
+            part = part.long()
+        if part.device != device:
+            _check.same_device(where, f"perms[{label!r}]", part, "flat", flat)
+        rows = rows if part.shape[0] == 1 else n
         parts.append(part)
+    if not isinstance(perms, Mapping) or found != len(perms):
+        spec.check_permutations(where, perms, values=False)
+    if not parts:
+        return flat.new_empty(1, 0, dtype=torch.int64)
     if rows != 1:
         parts = [part.expand(rows, -1) for part in parts]
-    index = torch.cat(parts, 1) if parts else flat.new_empty(1, 0, dtype=torch.int64)
-    return index if index.dtype == torch.int64 else index.long()
+    return torch.cat(parts, 1)
 
 
 def _run(where: str, op: Any, args: tuple, explain: Any) -> Any:
@@ -315,6 +322,28 @@ def permute_axes(
     return result if out is None else out
 
 
+_MERGED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _numbers(where: str, weights: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    try:
+        # A copy of single tensors would silently be cut off from their gradients.
+        if not _wants_gradients(weights):
+            return torch.tensor(weights, dtype=dtype, device=device)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        pass
+    raise TypeError(
+        f"{where}: weights must be numbers [M] or [L, M], or one tensor of them, "
+        f"not {_check.describe(weights)}"
+    )
+
+
+def _wants_gradients(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    return isinstance(value, (list, tuple)) and any(map(_wants_gradients, value))
+
+
 def merge(
     flat: Tensor,
     weights: Tensor | Sequence,
@@ -341,15 +370,14 @@ def merge(
     """
     where = "merge"
     _check_networks(where, flat, spec)
-    _check.floating(where, "flat", flat)
+    if flat.dtype not in _MERGED:
+        raise TypeError(
+            f"{where}: flat must be float16, bfloat16, float32 or float64, not {flat.dtype}"
+        )
     accumulate = torch.float64 if flat.dtype == torch.float64 else torch.float32
     if not isinstance(weights, Tensor):
-        try:
-            weights = torch.tensor(weights, dtype=accumulate, device=flat.device)
-        except (TypeError, ValueError):
-            raise TypeError(
-                f"{where}: weights must be numbers [M] or [L, M], not {_check.describe(weights)}"
-            ) from None
+        weights = _numbers(where, weights, accumulate, flat.device)
+    _check.dense(where, "weights", weights)
     _check.same_device(where, "weights", weights, "flat", flat)
     if weights.is_complex() or weights.dtype == torch.bool:
         raise TypeError(f"{where}: weights must be real numbers, not {weights.dtype}")
