@@ -15,6 +15,13 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
 def pytest_report_header() -> str:
     loaded = {name: reason or "loaded" for name, reason in _load.reasons.items()}
     return f"weightops libraries: {loaded}; torch {torch.__version__}"

@@ -301,6 +301,7 @@ SWEEP: dict[tuple[str, str], list[tuple[Any, type, str]]] = {
         ([0.5, "x"], TYPE, "weights must be .* not list"),
         ([[0.5, 0.5], [1.0]], TYPE, "weights must be .* not list"),
         ([0.5, 1j], TYPE, "weights must be .* not list"),
+        (np.array([1j, 0]), TYPE, "weights must be .* not ndarray"),
         ([10**400, 1], TYPE, "weights must be .* not list"),
         ([torch.tensor(0.5, requires_grad=True), 0.5], TYPE, "weights must be .* not list"),
         (0.5, VALUE, r"weights must have shape \[2\] or \[L, 2\] for 2 networks, not \[\]"),

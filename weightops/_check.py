@@ -73,6 +73,10 @@ def permutation_fault(index: Tensor) -> str | None:
     """What keeps a row of ``index`` [..., n] from being a permutation of 0 .. n - 1, or ``None``."""
     if index.is_meta:
         return None
+    # Looking at values waits for a GPU, so there a tensor is looked at once, until it is written to.
+    remembers = index.is_cuda and not index.is_inference()
+    if remembers and getattr(index, "_weightops_checked", None) == index._version:
+        return None
     n = index.shape[-1]
     outside = (index < 0) | (index >= n)
     if outside.any():
@@ -85,6 +89,8 @@ def permutation_fault(index: Tensor) -> str | None:
         *row, value = twice.nonzero()[0].tolist()
         where = f" in row {row[0] if len(row) == 1 else row}" if row else ""
         return f"{value} stands {counts[(*row, value)].item()} times{where}"
+    if remembers:
+        index._weightops_checked = index._version  # type: ignore[attr-defined]
     return None
 
 
@@ -106,7 +112,7 @@ def out_buffer(
         )
     if torch.compiler.is_compiling() or out.is_meta or out.numel() == 0:
         return
-    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+    if not out.is_contiguous() and any(n > 1 and not s for n, s in zip(out.shape, out.stride())):
         raise ValueError(f"{where}: out must not be an expanded tensor (strides {out.stride()})")
     if out.is_conj() or out.is_neg():
         raise ValueError(f"{where}: out must not be a conjugate or negative view")
@@ -119,6 +125,8 @@ def out_buffer(
 
 
 def _extent(value: Tensor) -> tuple[int, int]:
+    if value.is_contiguous():
+        return value.data_ptr(), value.data_ptr() + value.nbytes
     span = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) + 1
     begin = value.data_ptr()
     return begin, begin + span * value.element_size()

@@ -297,8 +297,8 @@ class WeightSpec:
                     f"{where}: {name} has label {label!r}, the spec has {list(self._labels)}"
                 )
             key, size = f"{name}[{label!r}]", self._labels[label]
-            if not isinstance(index, Tensor) or index.dim() not in (1, 2):
-                _check.tensor(where, key, index, f"[{size}] or [n, {size}]")
+            _check.tensor(where, key, index, f"[{size}] or [n, {size}]")
+            if index.dim() not in (1, 2):
                 raise ValueError(
                     f"{where}: {key} must have shape [{size}] or [n, {size}], "
                     f"not {list(index.shape)}"
@@ -366,7 +366,9 @@ class WeightSpec:
     def __reduce__(self) -> tuple:
         return WeightSpec.from_json, (self.to_json(),)
 
-    def check_flat(self, where: str, flat: Any, name: str = "flat", dims: int | None = None) -> None:
+    def check_flat(
+        self, where: str, flat: Any, name: str = "flat", dims: int | None = None
+    ) -> None:
         """Raise unless ``flat`` is a tensor of networks of this spec, with ``dims`` axes where given."""
         _check.tensor(where, name, flat, "[N, P]", dims)
         if flat.dim() == 0 or flat.shape[-1] != self._numel:
@@ -440,7 +442,9 @@ def _axes_of(name: str, entries: Any) -> tuple[Axis, ...]:
 
 def _shape_of(name: str, shape: Any) -> torch.Size:
     if isinstance(shape, str) or not isinstance(shape, Sequence):
-        raise TypeError(f"WeightSpec: shapes[{name!r}] must be a shape, not {_check.describe(shape)}")
+        raise TypeError(
+            f"WeightSpec: shapes[{name!r}] must be a shape, not {_check.describe(shape)}"
+        )
     for axis, length in enumerate(shape):
         if isinstance(length, bool) or not isinstance(length, int):
             raise TypeError(
@@ -448,9 +452,13 @@ def _shape_of(name: str, shape: Any) -> torch.Size:
                 f"not {_check.describe(length)}"
             )
         if length < 0:
-            raise ValueError(f"WeightSpec: shapes[{name!r}][{axis}] must be at least 0, not {length}")
+            raise ValueError(
+                f"WeightSpec: shapes[{name!r}][{axis}] must be at least 0, not {length}"
+            )
         if length >= 2**63:
-            raise ValueError(f"WeightSpec: shapes[{name!r}][{axis}] must be below 2^63, not {length}")
+            raise ValueError(
+                f"WeightSpec: shapes[{name!r}][{axis}] must be below 2^63, not {length}"
+            )
     return torch.Size(shape)
 
 
@@ -513,7 +521,9 @@ def _label_sizes(
                 settle(missing[0], length // known, place)
         if len(later) == len(waiting):
             entry, length, place = later[0]
-            labels = [label for label in dict.fromkeys(entry) if label is not None and label not in sizes]
+            labels = [
+                label for label in dict.fromkeys(entry) if label is not None and label not in sizes
+            ]
             raise ValueError(
                 f"WeightSpec: the sizes of {labels} can't be told from {place}, a product "
                 f"{entry} of length {length}; pass them as sizes={{...}}"

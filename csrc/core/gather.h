@@ -162,6 +162,9 @@ WEIGHTOPS_AVX512 inline void gather_interleaved_avx512(float* destination, const
       _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   int64_t j = 0;
   for (; j + 4 <= job.columns; j += 4) {
+    // Reading ahead here and streaming below keeps the memory busy all the time.
+    if (j % 16 == 0)
+      for (int r = 0; r < 4; ++r) __builtin_prefetch(job.ahead[r] + 4 * j, 0, 2);
     __m512 block = _mm512_castps128_ps512(quad(rows[0] + j));
     block = _mm512_insertf32x4(block, quad(rows[1] + j), 1);
     block = _mm512_insertf32x4(block, quad(rows[2] + j), 2);
@@ -191,7 +194,6 @@ WEIGHTOPS_AVX512 inline void gather_interleaved_avx512(float* destination, const
         _mm512_unpacklo_pd(high01, high23), _mm512_unpackhi_pd(high01, high23)};
     for (int r = 0; r < 4; ++r) {
       char* to = reinterpret_cast<char*>(destination + r * job.count + j);
-      __builtin_prefetch(job.ahead[r] + 4 * j, 0, 2);
       store_line(to, _mm512_castpd_si512(lines[r]), stream);
     }
   }

@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -186,11 +185,14 @@ class Maps {
   std::vector<uint8_t> seen_;
 };
 
+// A buffer that stays with the thread: a fresh one would cost page faults with every call.
+inline char* thread_scratch() {
+  alignas(64) static thread_local char scratch[kScratchBytes];
+  return scratch;
+}
+
 class Cursor {
   static constexpr int64_t kStageBytes = 8192;
-  struct Scratch {
-    alignas(64) char bytes[kScratchBytes];
-  };
 
  public:
   // `stream`: the output is too large to find in the cache later, and may go past it.
@@ -252,8 +254,8 @@ class Cursor {
     destination += head * size_;
     for (count -= head; count >= line;) {
       const int64_t run = std::min(kStageBytes / size_, count / line * line);
-      fill_tensor(tensor, maps, source, scratch_->bytes, run);
-      stream_lines(destination, scratch_->bytes, run * size_);
+      fill_tensor(tensor, maps, source, scratch_, run);
+      stream_lines(destination, scratch_, run * size_);
       destination += run * size_;
       count -= run;
     }
@@ -287,7 +289,7 @@ class Cursor {
       } else {
         const int64_t run = std::min(columns - column_, count / block);
         const int rows = run < columns ? 1 : std::min<int64_t>(kMaxRows, count / (columns * block));
-        RowGather job{{}, {}, rows, index + column_, run, block_bytes, columns, stream_, scratch_->bytes};
+        RowGather job{{}, {}, rows, index + column_, run, block_bytes, columns, stream_, scratch_};
         for (int r = 0; r < rows; ++r) {
           job.rows[r] = row(row_ + r);
           job.ahead[r] = row(std::min(row_ + rows + r, last_row)) + column_ * block_bytes;
@@ -322,7 +324,7 @@ class Cursor {
   const Plan& plan_;
   int64_t size_;
   bool stream_;
-  std::shared_ptr<Scratch> scratch_{new Scratch};  // left uninitialised
+  char* scratch_ = thread_scratch();
   int64_t row_ = 0, column_ = 0, within_ = 0;
   size_t tensor_ = 0;
 };

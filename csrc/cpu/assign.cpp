@@ -18,9 +18,9 @@ bool solve_all(const Tensor& score, bool maximize, bool warm, int64_t* columns, 
     assign::Workspace<T> workspace;
     for (int64_t b = begin; b < end; ++b) {
       const T* own = scores + b * rows * cols;
-      if (!assign::all_finite(own, rows * cols)) return false;
-      assign::solve(own, rows, cols, cols, maximize, columns + b * rows, duals + b * cols, warm,
-                    workspace);
+      if (!assign::solve(own, rows, cols, cols, maximize, columns + b * rows, duals + b * cols,
+                         warm, workspace))
+        return false;
     }
     return true;
   });
@@ -33,8 +33,10 @@ std::tuple<Tensor, Tensor> assign_problems(const Tensor& score, bool maximize,
   const Tensor dense = torch::stable::contiguous(score);
   Tensor columns = torch::stable::new_empty(score, {problems, rows}, ScalarType::Long);
   Tensor potentials = torch::stable::new_empty(score, {problems, cols}, ScalarType::Double);
-  if (duals.has_value()) torch::stable::copy_(potentials, *duals);
-  else torch::stable::zero_(potentials);
+  if (duals.has_value())
+    torch::stable::copy_(potentials, *duals);
+  else
+    torch::stable::zero_(potentials);
   const bool warm = duals.has_value();
   auto* chosen = static_cast<int64_t*>(columns.mutable_data_ptr());
   auto* prices = static_cast<double*>(potentials.mutable_data_ptr());

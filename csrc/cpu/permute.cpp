@@ -6,37 +6,44 @@
 namespace weightops {
 namespace {
 
-void run_permute(const char* name, const Plan& plan, const Tensor& flat, const Tensor& index,
-                 bool inverse, const Tensor& out) {
-  STD_TORCH_CHECK(flat.size(1) == plan.numel, name, ": flat has ", flat.size(1),
-                  " columns, the plan has ", plan.numel);
+struct Networks {
+  int64_t count, element_size;
+  Rows<const char> flat;
+  Rows<char> out;
+};
+
+void run_permute(const char* name, const Plan& plan, const Networks& networks, const Tensor& index,
+                 bool inverse) {
   STD_TORCH_CHECK(index.dim() == 2 && index.size(1) == plan.index_size &&
-                      (index.size(0) == 1 || index.size(0) == flat.size(0)),
+                      (index.size(0) == 1 || index.size(0) == networks.count),
                   name, ": index has the wrong shape");
-  const int64_t element_size = flat.element_size(), count = flat.size(0) * plan.numel;
-  const bool stream = count * element_size >= kStreamBytes;
-  const Rows<const char> source = byte_rows(flat);
-  const Rows<const int64_t> indices = index_rows(index);
-  const Rows<char> destination{static_cast<char*>(out.mutable_data_ptr()), row_stride(out)};
+  const int64_t total = networks.count * plan.numel;
+  const bool stream = total * networks.element_size >= kStreamBytes;
+  const Tensor dense_index = with_contiguous_rows(index);
+  const Rows<const int64_t> indices = index_rows(dense_index);
   const bool valid =
-      count == 0 ? all_permutations(plan, indices, index.size(0))
-                 : all_of_range(count, element_size, [&](int64_t begin, int64_t end) {
-                     return permute_range(plan, source, indices, inverse, destination, element_size,
-                                          stream, begin, end);
-                   });
+      total == 0
+          ? all_permutations(plan, indices, index.size(0))
+          : all_of_range(total, networks.element_size, [&](int64_t begin, int64_t end) {
+              return permute_range(plan, networks.flat, indices, inverse, networks.out,
+                                   networks.element_size, stream, begin, end);
+            });
   STD_TORCH_CHECK(valid, name, ": index holds a row that is no permutation");
 }
 
 void permute_into(const Tensor& flat, const Tensor& index, const std::vector<int64_t>& code,
                   bool inverse, const Tensor& out) {
   const Plan plan = Plan::parse(code.data(), code.size());
-  const Tensor indices = with_contiguous_rows(index);
-  if (out.size(1) < 2 || out.stride(1) == 1)
-    return run_permute("permute", plan, with_contiguous_rows(flat), indices, inverse, out);
-  Tensor dense = torch::stable::new_empty(flat, {flat.size(0), flat.size(1)});
-  run_permute("permute", plan, with_contiguous_rows(flat), indices, inverse, dense);
-  Tensor target = out;
-  torch::stable::copy_(target, dense);
+  STD_TORCH_CHECK(flat.size(1) == plan.numel, "permute: flat has ", flat.size(1),
+                  " columns, the plan has ", plan.numel);
+  const bool rows = out.size(1) < 2 || out.stride(1) == 1;
+  const Tensor source = with_contiguous_rows(flat);
+  Tensor target = out,
+         written = rows ? out : torch::stable::new_empty(flat, {flat.size(0), flat.size(1)});
+  const Networks networks{flat.size(0), int64_t(flat.element_size()), byte_rows(source),
+                          {static_cast<char*>(written.mutable_data_ptr()), row_stride(written)}};
+  run_permute("permute", plan, networks, index, inverse);
+  if (!rows) torch::stable::copy_(target, written);
 }
 
 Tensor permute(const Tensor& flat, const Tensor& index, const std::vector<int64_t>& code,
@@ -47,8 +54,8 @@ Tensor permute(const Tensor& flat, const Tensor& index, const std::vector<int64_
 }
 
 // One tensor [B, ...] is a network of one tensor; `axes` (counted from 1) are the permuted ones.
-void permute_axes_dense(const Tensor& x, const Tensor& index, const std::vector<int64_t>& axes,
-                        bool inverse, const Tensor& out) {
+void permute_axes_into(const Tensor& x, const Tensor& index, const std::vector<int64_t>& axes,
+                       bool inverse, const Tensor& out) {
   const int64_t rank = x.dim() - 1;
   std::vector<int64_t> sizes(rank), maps(rank, kFixed);
   for (int64_t axis = 0; axis < rank; ++axis) sizes[axis] = x.size(axis + 1);
@@ -61,23 +68,20 @@ void permute_axes_dense(const Tensor& x, const Tensor& index, const std::vector<
     maps[axis] = static_cast<int64_t>(i);
   }
   plan.add_tensor(sizes.data(), maps.data(), rank);
-  const Tensor dense = torch::stable::contiguous(x);
-  const auto flat = [&](const Tensor& t) { return torch::stable::view(t, {x.size(0), plan.numel}); };
-  run_permute("permute_axes", plan, flat(dense), with_contiguous_rows(index), inverse, flat(out));
-}
-
-void permute_axes_into(const Tensor& x, const Tensor& index, const std::vector<int64_t>& axes,
-                       bool inverse, const Tensor& out) {
-  if (out.is_contiguous()) return permute_axes_dense(x, index, axes, inverse, out);
-  Tensor dense = torch::stable::new_empty(x, x.sizes()), target = out;
-  permute_axes_dense(x, index, axes, inverse, dense);
-  torch::stable::copy_(target, dense);
+  const bool dense = out.is_contiguous();
+  const Tensor source = x.is_contiguous() ? x : torch::stable::contiguous(x);
+  Tensor target = out, written = dense ? out : torch::stable::new_empty(x, x.sizes());
+  const Networks networks{x.size(0), int64_t(x.element_size()),
+                          {static_cast<const char*>(source.const_data_ptr()), plan.numel},
+                          {static_cast<char*>(written.mutable_data_ptr()), plan.numel}};
+  run_permute("permute_axes", plan, networks, index, inverse);
+  if (!dense) torch::stable::copy_(target, written);
 }
 
 Tensor permute_axes(const Tensor& x, const Tensor& index, const std::vector<int64_t>& axes,
                     bool inverse) {
   Tensor out = torch::stable::new_empty(x, x.sizes());
-  permute_axes_dense(x, index, axes, inverse, out);
+  permute_axes_into(x, index, axes, inverse, out);
   return out;
 }
 

@@ -215,7 +215,8 @@ __device__ float widen(T value) {
 __device__ double widen(double value) { return value; }
 
 template <typename T, typename Sum>
-__global__ void merge_kernel(DevicePlan plan, const T* __restrict__ flat, int64_t flat_stride,
+__global__ void __launch_bounds__(kThreads, 3)
+    merge_kernel(DevicePlan plan, const T* __restrict__ flat, int64_t flat_stride,
                              int64_t networks, const Sum* __restrict__ weights, int64_t outputs,
                              const int32_t* __restrict__ maps, int64_t map_stride,
                              T* __restrict__ out, int64_t out_stride) {
@@ -226,16 +227,26 @@ __global__ void merge_kernel(DevicePlan plan, const T* __restrict__ flat, int64_
        work < plan.pieces; work += warps) {
     const Piece piece = find_piece(plan, work);
     const DeviceTensor& tensor = *piece.tensor;
-    for (int64_t e = piece.begin + lane; e < piece.end; e += kWarp) {
+    const auto row_of = [&](int64_t m) {
+      const int32_t* own = maps == nullptr ? nullptr : maps + m * map_stride;
+      return m * flat_stride + row_offset(plan, tensor, piece.row, own);
+    };
+    // Lane m finds the row of network m once for the whole piece.
+    const int64_t own_row = lane < networks ? row_of(lane) : 0;
+    for (int64_t base = piece.begin; base < piece.end; base += kWarp) {
+      const int64_t e = base + lane;
+      const bool inside = e < piece.end;
       Sum sums[kOutputs] = {};
       for (int64_t m = 0; m < networks; ++m) {
+        const int64_t row = m < kWarp ? __shfl_sync(0xffffffffu, own_row, static_cast<int>(m)) : row_of(m);
+        if (!inside) continue;
         const int32_t* own = maps == nullptr ? nullptr : maps + m * map_stride;
-        const T* source = flat + m * flat_stride + row_offset(plan, tensor, piece.row, own);
-        const Sum value = widen(source[source_in_row(tensor, e, own)]);
+        const Sum value = widen(flat[row + source_in_row(tensor, e, own)]);
 #pragma unroll
         for (int l = 0; l < kOutputs; ++l)
           if (first + l < outputs) sums[l] += weights[(first + l) * networks + m] * value;
       }
+      if (!inside) continue;
       const int64_t to = tensor.offset + piece.row * tensor.columns * tensor.block + e;
 #pragma unroll
       for (int l = 0; l < kOutputs; ++l)

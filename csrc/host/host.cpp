@@ -46,12 +46,11 @@ py::tuple assign(const Array<T>& score, bool maximize, const std::optional<Array
       weightops::assign::Workspace<T> workspace;
       for (int64_t b = next++; b < problems; b = next++) {
         const T* own = scores + b * rows * cols;
-        if (!weightops::assign::all_finite(own, rows * cols)) {
+        if (!weightops::assign::solve(own, rows, cols, cols, maximize, chosen + b * rows,
+                                      prices + b * cols, duals.has_value(), workspace)) {
           finite = false;
           return;
         }
-        weightops::assign::solve(own, rows, cols, cols, maximize, chosen + b * rows,
-                                 prices + b * cols, duals.has_value(), workspace);
       }
     };
     std::vector<std::thread> others;

@@ -64,7 +64,7 @@ def match(
         ValueError: shapes, devices or names do not fit, or a weight is not finite.
         TypeError: an argument has the wrong type or dtype.
     """
-    _check_arguments(spec, reference, flat, method, tensors, max_sweeps)
+    _check_arguments(spec, reference, flat, method, seed, tensors, max_sweeps)
     counted = [
         name
         for name in spec.shapes
@@ -150,6 +150,7 @@ def _check_arguments(
     reference: Tensor,
     flat: Tensor,
     method: str,
+    seed: int,
     tensors: Sequence[str] | None,
     max_sweeps: int,
 ) -> None:
@@ -167,6 +168,10 @@ def _check_arguments(
         raise ValueError(
             f"match: max_sweeps must be an integer from 1, not {_check.describe(max_sweeps)}"
         )
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"match: seed must be an integer, not {_check.describe(seed)}")
+    if tensors is not None and not tensors:
+        raise ValueError("match: tensors is empty, so nothing would count")
     for name in tensors or ():
         if name not in spec.shapes:
             raise ValueError(f"match: tensors has {name!r}, the spec has {list(spec.shapes)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -166,7 +167,12 @@ def _pack(where: str, perms: Permutations, spec: WeightSpec, flat: Tensor) -> Te
             parts.append(torch.arange(size, device=device)[None])
             continue
         found += 1
-        if not isinstance(part, Tensor) or part.shape != (n, size) or part.dtype != torch.int64:
+        if (
+            not isinstance(part, Tensor)
+            or part.shape != (n, size)
+            or part.dtype != torch.int64
+            or part.layout is not torch.strided
+        ):
             # Anything but the usual is looked at one by one, off the path that small networks feel.
             spec.check_permutations(where, {label: part}, values=False)
             if part.dim() == 1:
@@ -327,8 +333,7 @@ _MERGED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def _numbers(where: str, weights: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     try:
-        # A copy of single tensors would silently be cut off from their gradients.
-        if not _wants_gradients(weights):
+        if _real(weights):
             return torch.tensor(weights, dtype=dtype, device=device)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         pass
@@ -338,10 +343,15 @@ def _numbers(where: str, weights: Any, dtype: torch.dtype, device: torch.device)
     )
 
 
-def _wants_gradients(value: Any) -> bool:
+def _real(value: Any) -> bool:
+    """Whether ``torch.tensor`` keeps all of ``value``: it drops imaginary parts and gradients."""
+    if isinstance(value, (list, tuple)):
+        return all(_real(each) for each in value)
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "iuf"
     if isinstance(value, Tensor):
-        return value.requires_grad
-    return isinstance(value, (list, tuple)) and any(map(_wants_gradients, value))
+        return value.dim() == 0 and not value.requires_grad and not value.is_complex()
+    return isinstance(value, (int, float, np.integer, np.floating))
 
 
 def merge(
