@@ -11,7 +11,14 @@ from torch import Tensor
 
 import weightops
 from weightops import testing
-from weightops.testing import Networks, PermuteAxes, matrices_spec, mlp_spec, resnet20_spec, vgg16_spec
+from weightops.testing import (
+    Networks,
+    PermuteAxes,
+    matrices_spec,
+    mlp_spec,
+    resnet20_spec,
+    vgg16_spec,
+)
 
 AXES = [
     PermuteAxes((64, 128, 128)),
@@ -79,7 +86,9 @@ PEERS = {
 
 @pytest.mark.parametrize("implementation", ["weightops", "weightops-new-output", "copy_", *PEERS])
 @pytest.mark.parametrize("problem", AXES, ids=str)
-def test_permute_axes(problem: PermuteAxes, implementation: str, measure, benchmark, device) -> None:
+def test_permute_axes(
+    problem: PermuteAxes, implementation: str, measure, benchmark, device
+) -> None:
     benchmark.group = f"permute_axes {problem}"
     x, perms = problem.make(device)
     p, q = perms[:2]

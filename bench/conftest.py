@@ -23,7 +23,11 @@ _ALLOCATOR = pytest.StashKey[str]()
 
 @pytest.fixture
 def device() -> str:
-    return "cuda" if torch.cuda.is_available() and os.environ.get("WEIGHTOPS_BENCH_GPU") == "1" else "cpu"
+    return (
+        "cuda"
+        if torch.cuda.is_available() and os.environ.get("WEIGHTOPS_BENCH_GPU") == "1"
+        else "cpu"
+    )
 
 
 @pytest.fixture

@@ -26,7 +26,11 @@ GOALS: dict[str, tuple[float | None, float | None]] = {
     "permute resnet20x1": (3.0, 4.0),
     "permute resnet20x64": (3.0, 4.0),
     "merge 8x2048x2048x8": (1.6, None),
-    **{f"assign {family}-64x{n}": (None, 1.0) for family in ("gram", "uniform") for n in (64, 256, 512, 1024)},
+    **{
+        f"assign {family}-64x{n}": (None, 1.0)
+        for family in ("gram", "uniform")
+        for n in (64, 256, 512, 1024)
+    },
 }
 WARM_GOAL = 4.0  # times faster than cold, on Grams of 256 and more
 CALL_GOAL_US = 25.0  # over the copy
@@ -76,21 +80,38 @@ def _rows(name: str, members: dict[str, dict]) -> list[Row]:
         if candidate in members:
             floor = _ms(members[candidate])
     no_peers = ("weightops", "read", "write", *FLOORS)
-    peers = {k: _ms(v) for k, v in members.items() if k not in no_peers and not k.startswith("weightops-")}
+    peers = {
+        k: _ms(v)
+        for k, v in members.items()
+        if k not in no_peers and not k.startswith("weightops-")
+    }
     peer = min(peers, key=lambda k: peers[k]) if peers else None
     over_floor = time / floor if floor else None
     faster = peers[peer] / time if peer else None
     most, least = GOALS.get(name, (None, None))
     met = None
     if most is not None or least is not None:
-        met = (most is None or (over_floor or 0) <= most) and (least is None or (faster or 0) >= least)
+        met = (most is None or (over_floor or 0) <= most) and (
+            least is None or (faster or 0) >= least
+        )
     goal = ", ".join(
         text
         for value, text in ((most, f"<= {most} x floor"), (least, f">= {least} x peer"))
         if value is not None
     )
     rows = [
-        Row(name, time, iqr, floor, over_floor, peer, peers[peer] if peer else None, faster, goal, met)
+        Row(
+            name,
+            time,
+            iqr,
+            floor,
+            over_floor,
+            peer,
+            peers[peer] if peer else None,
+            faster,
+            goal,
+            met,
+        )
     ]
     for variant, what in (
         ("weightops-warm", "warm, against cold"),
@@ -98,7 +119,11 @@ def _rows(name: str, members: dict[str, dict]) -> list[Row]:
     ):
         if variant in members:
             gain = time / _ms(members[variant])
-            wanted = WARM_GOAL if "warm" in variant and "gram" in name and not name.endswith("x64") else None
+            wanted = (
+                WARM_GOAL
+                if "warm" in variant and "gram" in name and not name.endswith("x64")
+                else None
+            )
             rows.append(
                 Row(f"{name}, {what}", _ms(members[variant]), _ms(members[variant], "iqr"), None, None,
                     "weightops", time, gain, f">= {wanted} x" if wanted else "",
@@ -126,7 +151,9 @@ def markdown(rows: list[Row]) -> str:
 def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor()
 
@@ -142,12 +169,20 @@ def main() -> None:
 
     data = json.loads(arguments.json.read_text())
     rows = rows_of(data["benchmarks"])
-    device = "cuda" if any(b["extra_info"].get("device") == "cuda" for b in data["benchmarks"]) else "cpu"
+    device = (
+        "cuda"
+        if any(b["extra_info"].get("device") == "cuda" for b in data["benchmarks"])
+        else "cpu"
+    )
     table = markdown(rows)
     print(table)
     if arguments.save:
         arguments.save.mkdir(parents=True, exist_ok=True)
-        name = torch.cuda.get_device_name().replace(" ", "-").lower() if device == "cuda" else "cpu-2-threads"
+        name = (
+            torch.cuda.get_device_name().replace(" ", "-").lower()
+            if device == "cuda"
+            else "cpu-2-threads"
+        )
         facts = {
             "date": data["datetime"][:10],
             "device": name,

@@ -73,7 +73,10 @@ class CNN(nn.Module):
 
 
 def cnn_spec(width: int) -> weightops.WeightSpec:
-    axes: dict = {"conv1.weight": ("c1", None, None, None), "conv2.weight": ("c2", "c1", None, None)}
+    axes: dict = {
+        "conv1.weight": ("c1", None, None, None),
+        "conv2.weight": ("c2", "c1", None, None),
+    }
     shapes: dict = {"conv1.weight": (width, 1, 5, 5), "conv2.weight": (width, width, 5, 5)}
     for i in (1, 2):
         for name in ("weight", "bias", "running_mean", "running_var"):
@@ -89,7 +92,13 @@ def tasks(quick: bool) -> list[Task]:
     spec = testing.mlp_spec(784, mlp, mlp, mlp, 10)
     return [
         Task(f"MLP 784-{mlp}-{mlp}-{mlp}-10", lambda: MLP(mlp), spec, 4 if quick else 30, 1e-3),
-        Task(f"CNN {cnn}-{cnn}, batch norm", lambda: CNN(cnn), cnn_spec(cnn), 2 if quick else 10, 2e-3),
+        Task(
+            f"CNN {cnn}-{cnn}, batch norm",
+            lambda: CNN(cnn),
+            cnn_spec(cnn),
+            2 if quick else 10,
+            2e-3,
+        ),
     ]
 
 
@@ -194,7 +203,9 @@ def align_networks(task: Task, digits: Digits, progress: Progress) -> Alignment:
     )
 
 
-def index_select_networks(flat: Tensor, perms: dict[str, Tensor], spec: weightops.WeightSpec) -> Tensor:
+def index_select_networks(
+    flat: Tensor, perms: dict[str, Tensor], spec: weightops.WeightSpec
+) -> Tensor:
     """What users write today: tensor by tensor, axis by axis, network by network."""
     rows = []
     for n, row in enumerate(flat):
@@ -249,7 +260,10 @@ def time_ops(result: Alignment) -> list[tuple[str, str, float, str, float]]:
 
 def show(console: Console, results: Sequence[Alignment]) -> None:
     def highest(segments: Sequence[align.Barrier]) -> tuple[str, str]:
-        return f"{max(b.loss for b in segments):.3f}", f"{100 * max(b.error for b in segments):.1f} %"
+        return (
+            f"{max(b.loss for b in segments):.3f}",
+            f"{100 * max(b.error for b in segments):.1f} %",
+        )
 
     table = Table(title="Three networks, aligned to the first (highest barrier of the three pairs)")
     table.add_column("network")
@@ -293,7 +307,12 @@ def show(console: Console, results: Sequence[Alignment]) -> None:
     for r in results:
         for op, problem, ours, how, theirs in time_ops(r):
             table.add_row(
-                op, problem, f"{1e3 * ours:.2f} ms", f"{1e3 * theirs:.2f} ms", f"{theirs / ours:.1f} x", how
+                op,
+                problem,
+                f"{1e3 * ours:.2f} ms",
+                f"{1e3 * theirs:.2f} ms",
+                f"{theirs / ours:.1f} x",
+                how,
             )
     console.print(table)
 
@@ -306,7 +325,10 @@ def draw(results: Sequence[Alignment], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2 * len(results), figsize=(5 * len(results) + 3, 3.4))
     for r, (left, right) in zip(results, axes.reshape(-1, 2), strict=True):
-        for segments, color, name in ((r.naive, "tab:red", "as trained"), (r.aligned, "tab:blue", "aligned")):
+        for segments, color, name in (
+            (r.naive, "tab:red", "as trained"),
+            (r.aligned, "tab:blue", "aligned"),
+        ):
             for i, b in enumerate(segments):
                 label = name if i == 0 else None
                 left.plot(b.alphas, b.losses, color=color, label=label)

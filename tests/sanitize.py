@@ -17,7 +17,9 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"
 
 def run(*command: str | Path, **environment: str) -> None:
     print("+", *command, flush=True)
-    subprocess.run([str(word) for word in command], check=True, cwd=ROOT, env=os.environ | environment)
+    subprocess.run(
+        [str(word) for word in command], check=True, cwd=ROOT, env=os.environ | environment
+    )
 
 
 def cores() -> None:
@@ -27,7 +29,18 @@ def cores() -> None:
     ):
         for source in sorted((ROOT / "csrc" / "tests").glob("*.cpp")):
             program = BUILD / f"{source.stem}-{name}"
-            run("c++", "-std=c++17", "-O1", "-g", *WARNINGS, *flags, source, "-o", program, "-pthread")
+            run(
+                "c++",
+                "-std=c++17",
+                "-O1",
+                "-g",
+                *WARNINGS,
+                *flags,
+                source,
+                "-o",
+                program,
+                "-pthread",
+            )
             for isa in ("avx512", "avx2", "generic"):
                 run(program, WEIGHTOPS_ISA=isa)
 

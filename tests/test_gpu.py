@@ -51,7 +51,9 @@ def test_permute_equals_reference(dtype: torch.dtype, inverse: bool) -> None:
         torch.testing.assert_close(given.cpu(), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 5), (2, 33, 2049), (4, 64, 31, 9), (2, 5, 6, 7, 3)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (3, 7, 5), (2, 33, 2049), (4, 64, 31, 9), (2, 5, 6, 7, 3)]
+)
 def test_permute_axes_writes_everything(shape: tuple[int, ...]) -> None:
     x, perms = testing.PermuteAxes(shape).make("cuda")
     out = poison(*shape)
@@ -65,7 +67,9 @@ def test_permute_axes_writes_everything(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(transposed.cpu(), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
 @pytest.mark.parametrize(("networks", "outputs"), [(1, 1), (3, 5), (40, 2)])
 def test_merge_equals_float64(networks: int, outputs: int, dtype: torch.dtype) -> None:
     problem = testing.Networks("resnet20", testing.resnet20_spec(), networks, dtype)
@@ -73,7 +77,12 @@ def test_merge_equals_float64(networks: int, outputs: int, dtype: torch.dtype) -
     weights = torch.randn(outputs, networks, device="cuda", dtype=torch.float64)
     given = weightops.merge(flat, weights, problem.spec, perms=perms)
     expected = weights @ weightops.permute(flat, perms, problem.spec).double()
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    tolerance = {
+        torch.float64: 1e-12,
+        torch.float32: 1e-5,
+        torch.float16: 2e-3,
+        torch.bfloat16: 1e-2,
+    }[dtype]
     torch.testing.assert_close(given.double(), expected, rtol=tolerance, atol=tolerance * networks)
 
 

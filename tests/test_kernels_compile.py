@@ -33,7 +33,9 @@ def usage() -> dict[tuple[str, str], dict[str, int]]:
     tool = cuobjdump()
     if tool is None:
         pytest.skip("cuobjdump is not installed")
-    text = subprocess.check_output([tool, "-res-usage", LIBRARY], text=True, stderr=subprocess.STDOUT)
+    text = subprocess.check_output(
+        [tool, "-res-usage", LIBRARY], text=True, stderr=subprocess.STDOUT
+    )
     found: dict[tuple[str, str], dict[str, int]] = {}
     architecture = kernel = ""
     for line in text.splitlines():
@@ -42,7 +44,9 @@ def usage() -> dict[tuple[str, str], dict[str, int]]:
         elif each := re.search(r"Function (\S+):", line):
             kernel = each.group(1)
         elif "REG:" in line:
-            found[architecture, kernel] = {k: int(v) for k, v in re.findall(r"([A-Z]+):(\d+)", line)}
+            found[architecture, kernel] = {
+                k: int(v) for k, v in re.findall(r"([A-Z]+):(\d+)", line)
+            }
     return found
 
 

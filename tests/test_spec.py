@@ -286,8 +286,10 @@ class Tied(nn.Module):
 
 
 TIED = WeightSpec(
-    {"a.weight": ("h", None)} | {f"norm.{k}": ("h",) for k in testing._NORM},
-    {"a.weight": (3, 3)} | {f"norm.{k}": (3,) for k in testing._NORM},
+    {"a.weight": ("h", None)}
+    | {f"norm.{k}": ("h",) for k in ("weight", "bias", "running_mean", "running_var")},
+    {"a.weight": (3, 3)}
+    | {f"norm.{k}": (3,) for k in ("weight", "bias", "running_mean", "running_var")},
 )
 
 
@@ -451,14 +453,14 @@ def cnn() -> tuple[nn.Module, WeightSpec, Tensor]:
     axes: dict[str, Any] = {
         "0.weight": ("c", None, None, None),
         "0.bias": ("c",),
-        **{f"1.{each}": ("c",) for each in testing._NORM},
+        **{f"1.{each}": ("c",) for each in ("weight", "bias", "running_mean", "running_var")},
         "3.weight": ("d", "c", None, None),
         "3.bias": ("d",),
         "6.weight": (None, ("d", None)),
         "6.bias": (None,),
     }
     state = model.state_dict()
-    for each in testing._NORM:
+    for each in ("weight", "bias", "running_mean", "running_var"):
         state[f"1.{each}"].uniform_(0.5, 2.0)
     return model, WeightSpec(axes, {n: state[n].shape for n in axes}), torch.randn(2, 3, 8, 8)
 

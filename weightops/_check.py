@@ -86,9 +86,10 @@ def permutation_fault(index: Tensor) -> str | None:
     counts.scatter_add_(-1, index.long(), torch.ones_like(counts))
     twice = counts > 1
     if twice.any():
-        *row, value = twice.nonzero()[0].tolist()
+        at = twice.nonzero()[0].tolist()
+        *row, value = at
         where = f" in row {row[0] if len(row) == 1 else row}" if row else ""
-        return f"{value} stands {counts[(*row, value)].item()} times{where}"
+        return f"{value} stands {counts[tuple(at)].item()} times{where}"
     if remembers:
         index._weightops_checked = index._version  # type: ignore[attr-defined]
     return None

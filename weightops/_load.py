@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from functools import cache
@@ -48,9 +49,7 @@ def build() -> dict[str, Any]:
 def load() -> None:
     """Load every library that this torch can use; called once, after all ops are declared."""
     reasons["cpu"] = _load("cpu")
-    reasons["cuda"] = (
-        _load("cuda") if torch.version.cuda else "torch was built without CUDA"
-    )
+    reasons["cuda"] = _load("cuda") if torch.version.cuda else "torch was built without CUDA"
 
 
 @cache
@@ -60,7 +59,7 @@ def host() -> ModuleType | None:
         reasons["host"] = _DISABLED
         return None
     try:
-        from weightops import _host
+        _host = importlib.import_module("weightops._host")
     except ImportError as error:
         reasons["host"] = str(error)
         return None

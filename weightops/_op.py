@@ -69,7 +69,7 @@ def define(
 
     name, raw = _declare(schema, kernel, fake)
 
-    if backward is None:
+    if backward is None or jvp is None:
         # Nothing to differentiate, so functorch needs to know no more than how to batch.
         torch.library.register_vmap(
             f"{NAMESPACE}::{name}", lambda info, dims, *args: vmap(info.batch_size, dims, *args)
@@ -89,18 +89,20 @@ def define(
             inputs[i] = tensor
         return inputs
 
+    differentiate, push = backward, jvp
+
     def run_backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return backward(saved_inputs(ctx), ctx.needs_input_grad, *grads)
+        return differentiate(saved_inputs(ctx), ctx.needs_input_grad, *grads)
 
     def run_jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-        return jvp(saved_inputs(ctx), *tangents)
+        return push(saved_inputs(ctx), *tangents)
 
     # Where somebody goes round the front door this is a tripwire: an error instead of a zero.
     torch.library.register_autograd(
         f"{NAMESPACE}::{name}", run_backward, setup_context=setup_context
     )
 
-    transformed = type(
+    transformed: Any = type(
         name,
         (torch.autograd.Function,),
         {

@@ -48,7 +48,9 @@ def main() -> None:
         print(json.dumps(facts, indent=2))
         return
     print(f"weightops {facts['weightops']}, torch {facts['torch']}, Python {facts['python']}")
-    print(f"{facts['machine']}, {facts['threads']} threads, {facts['instruction_set'] or 'no'} kernels")
+    print(
+        f"{facts['machine']}, {facts['threads']} threads, {facts['instruction_set'] or 'no'} kernels"
+    )
     print(f"GPUs: {', '.join(facts['gpus']) or 'none'}")
     for name, reason in facts["libraries"].items():
         print(f"library {name:5} {'loaded' if reason is None else 'not loaded: ' + reason}")

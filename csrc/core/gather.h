@@ -12,9 +12,9 @@
 namespace weightops {
 
 // Rows gathered through one index: destination[r * count + j] = rows[r][index[j]], j < count, in
-// blocks of `bytes` bytes. Each row holds `columns` blocks. With `stream`, whole lines are written past
-// the cache where they can be (4- and 8-byte elements, aligned rows). Several rows at once share the loads of
-// the index and the cost of a call: 1.2 times faster for rows of 128 elements.
+// blocks of `bytes` bytes. Each row holds `columns` blocks. With `stream`, whole lines are written
+// past the cache where they can be (4- and 8-byte elements, aligned rows). Several rows at once
+// share the loads of the index and the cost of a call: 1.2 times faster for rows of 128 elements.
 constexpr int kMaxRows = 4;
 
 struct RowGather {
@@ -37,18 +37,18 @@ inline void copy_exact(char* destination, const char* source, const RowGather& j
     std::memcpy(destination + j * kWidth, source + int64_t{job.index[j]} * kWidth, kWidth);
 }
 
-#define WEIGHTOPS_COPY_OVERLAPPING(name, attribute)                                         \
-  template <int kWidth>                                                                     \
-  attribute inline void name(char* destination, int r, const RowGather& job) {              \
-    const char* source = job.rows[r];                                                       \
-    const char* ahead = job.ahead[r];                                                       \
-    for (int64_t j = 0; j < job.count; ++j) {                                               \
-      __builtin_prefetch(ahead + j * job.bytes);                                            \
-      const char* from = source + job.index[j] * job.bytes;                                 \
-      char* to = destination + j * job.bytes;                                               \
-      std::memcpy(to, from, kWidth);                                                        \
-      std::memcpy(to + job.bytes - kWidth, from + job.bytes - kWidth, kWidth);              \
-    }                                                                                       \
+#define WEIGHTOPS_COPY_OVERLAPPING(name, attribute)                            \
+  template <int kWidth>                                                        \
+  attribute inline void name(char* destination, int r, const RowGather& job) { \
+    const char* source = job.rows[r];                                          \
+    const char* ahead = job.ahead[r];                                          \
+    for (int64_t j = 0; j < job.count; ++j) {                                  \
+      __builtin_prefetch(ahead + j * job.bytes);                               \
+      const char* from = source + job.index[j] * job.bytes;                    \
+      char* to = destination + j * job.bytes;                                  \
+      std::memcpy(to, from, kWidth);                                           \
+      std::memcpy(to + job.bytes - kWidth, from + job.bytes - kWidth, kWidth); \
+    }                                                                          \
   }
 WEIGHTOPS_COPY_OVERLAPPING(copy_overlapping, )
 #if WEIGHTOPS_X86
@@ -118,8 +118,8 @@ WEIGHTOPS_AVX512 inline int64_t gather_4_avx512(char* destination, const RowGath
     const __m512i at = _mm512_loadu_si512(job.index + j);
     for (int r = 0; r < job.num_rows; ++r) {
       __builtin_prefetch(job.ahead[r] + j * 4);
-      store_line(destination + (r * job.count + j) * 4,
-                 _mm512_i32gather_epi32(at, job.rows[r], 4), stream);
+      store_line(destination + (r * job.count + j) * 4, _mm512_i32gather_epi32(at, job.rows[r], 4),
+                 stream);
     }
   }
   return j;
@@ -132,8 +132,8 @@ WEIGHTOPS_AVX512 inline int64_t gather_8_avx512(char* destination, const RowGath
     const __m256i at = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(job.index + j));
     for (int r = 0; r < job.num_rows; ++r) {
       __builtin_prefetch(job.ahead[r] + j * 8);
-      store_line(destination + (r * job.count + j) * 8,
-                 _mm512_i32gather_epi64(at, job.rows[r], 8), stream);
+      store_line(destination + (r * job.count + j) * 8, _mm512_i32gather_epi64(at, job.rows[r], 8),
+                 stream);
     }
   }
   return j;
@@ -150,16 +150,15 @@ WEIGHTOPS_AVX2 inline int64_t gather_4_avx2(char* destination, const RowGather& 
   return j;
 }
 
-// Four rows of 4-byte elements: interleaved in scratch, a column of them is one 128-bit load instead of
-// four gathered words, which halves the time. All columns of the rows are wanted.
+// Four rows of 4-byte elements: interleaved in scratch, a column of them is one 128-bit load
+// instead of four gathered words, which halves the time. All columns of the rows are wanted.
 WEIGHTOPS_AVX512 inline void gather_interleaved_avx512(float* destination, const RowGather& job,
                                                        bool stream) {
   const float* rows[4];
   for (int r = 0; r < 4; ++r) rows[r] = reinterpret_cast<const float*>(job.rows[r]);
   float* const columns = reinterpret_cast<float*>(job.scratch);
   const auto quad = [](const float* at) WEIGHTOPS_AVX512 { return _mm_loadu_ps(at); };
-  const __m512i transpose =
-      _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i transpose = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   int64_t j = 0;
   for (; j + 4 <= job.columns; j += 4) {
     // Reading ahead here and streaming below keeps the memory busy all the time.
@@ -174,9 +173,8 @@ WEIGHTOPS_AVX512 inline void gather_interleaved_avx512(float* destination, const
   for (; j < job.columns; ++j)
     for (int r = 0; r < 4; ++r) columns[4 * j + r] = rows[r][j];
   const int32_t* const index = job.index;
-  const auto column = [&](int64_t i) WEIGHTOPS_AVX512 {
-    return _mm_load_ps(columns + 4 * int64_t{index[i]});
-  };
+  const auto column = [&](int64_t i)
+                          WEIGHTOPS_AVX512 { return _mm_load_ps(columns + 4 * int64_t{index[i]}); };
   for (j = 0; j + 16 <= job.count; j += 16) {
     __m512 four[4];  // four[k]: columns j + k, j + k + 4, ... of the output, a lane each
     for (int k = 0; k < 4; ++k) {
@@ -189,17 +187,16 @@ WEIGHTOPS_AVX512 inline void gather_interleaved_avx512(float* destination, const
     const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(four[0], four[1]));
     const __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(four[2], four[3]));
     const __m512d high23 = _mm512_castps_pd(_mm512_unpackhi_ps(four[2], four[3]));
-    const __m512d lines[4] = {
-        _mm512_unpacklo_pd(low01, low23), _mm512_unpackhi_pd(low01, low23),
-        _mm512_unpacklo_pd(high01, high23), _mm512_unpackhi_pd(high01, high23)};
+    const __m512d lines[4] = {_mm512_unpacklo_pd(low01, low23), _mm512_unpackhi_pd(low01, low23),
+                              _mm512_unpacklo_pd(high01, high23),
+                              _mm512_unpackhi_pd(high01, high23)};
     for (int r = 0; r < 4; ++r) {
       char* to = reinterpret_cast<char*>(destination + r * job.count + j);
       store_line(to, _mm512_castpd_si512(lines[r]), stream);
     }
   }
   for (; j < job.count; ++j)
-    for (int r = 0; r < 4; ++r)
-      destination[r * job.count + j] = columns[4 * int64_t{index[j]} + r];
+    for (int r = 0; r < 4; ++r) destination[r * job.count + j] = columns[4 * int64_t{index[j]} + r];
 }
 
 WEIGHTOPS_AVX512 inline void stream_lines_avx512(char* destination, const char* source,
@@ -212,8 +209,8 @@ inline int64_t gather_vector(char* destination, const RowGather& job) {
   // The narrow gather reads whole words and forms byte offsets in 32 bits.
   const int64_t row_bytes = job.columns * job.bytes;
   const bool narrow = row_bytes >= 4 && row_bytes < INT32_MAX;
-  const bool lines = reinterpret_cast<uintptr_t>(destination) % 64 == 0 &&
-                     job.count * job.bytes % 64 == 0;
+  const bool lines =
+      reinterpret_cast<uintptr_t>(destination) % 64 == 0 && job.count * job.bytes % 64 == 0;
   const bool stream = job.stream && lines;
   if (isa() == Isa::avx512 && job.bytes == 4 && job.num_rows == 4 && job.count == job.columns &&
       job.columns * 16 <= kScratchBytes) {

@@ -1,4 +1,5 @@
-// Which instruction set the kernels use: the best the machine has, lowered by WEIGHTOPS_ISA for tests.
+// Which instruction set the kernels use: the best the machine has, lowered by WEIGHTOPS_ISA for
+// tests.
 #pragma once
 
 #include <cstdlib>

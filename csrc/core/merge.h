@@ -53,7 +53,8 @@ inline void narrow(double value, double& out) { out = value; }
 inline void narrow(float value, BFloat16& out) {
   const uint32_t bits = float_to_bits(value);
   const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
-  out.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40 : rounded);
+  out.bits =
+      static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40 : rounded);
 }
 inline void narrow(float value, Half& out) {
   const uint32_t bits = float_to_bits(value), magnitude = bits & 0x7fffffffu;
@@ -67,26 +68,26 @@ inline void narrow(float value, Half& out) {
 }
 
 // The same loops for each instruction set.
-#define WEIGHTOPS_MERGE_LOOPS(suffix, attribute)                                               \
-  template <class T, class Sum>                                                                \
-  attribute void scale_##suffix(Sum* sum, const T* value, Sum weight, int64_t count) {         \
-    for (int64_t i = 0; i < count; ++i) sum[i] = weight * widen(value[i]);                     \
-  }                                                                                            \
-  template <class T, class Sum>                                                                \
-  attribute void accumulate_##suffix(Sum* sum, const T* value, Sum weight, int64_t count) {    \
-    for (int64_t i = 0; i < count; ++i) sum[i] += weight * widen(value[i]);                    \
-  }                                                                                            \
-  template <class T, class Sum>                                                                \
-  attribute void round_##suffix(T* out, const Sum* sum, int64_t count) {                       \
-    for (int64_t i = 0; i < count; ++i) narrow(sum[i], out[i]);                                \
+#define WEIGHTOPS_MERGE_LOOPS(suffix, attribute)                                            \
+  template <class T, class Sum>                                                             \
+  attribute void scale_##suffix(Sum* sum, const T* value, Sum weight, int64_t count) {      \
+    for (int64_t i = 0; i < count; ++i) sum[i] = weight * widen(value[i]);                  \
+  }                                                                                         \
+  template <class T, class Sum>                                                             \
+  attribute void accumulate_##suffix(Sum* sum, const T* value, Sum weight, int64_t count) { \
+    for (int64_t i = 0; i < count; ++i) sum[i] += weight * widen(value[i]);                 \
+  }                                                                                         \
+  template <class T, class Sum>                                                             \
+  attribute void round_##suffix(T* out, const Sum* sum, int64_t count) {                    \
+    for (int64_t i = 0; i < count; ++i) narrow(sum[i], out[i]);                             \
   }
 WEIGHTOPS_MERGE_LOOPS(generic, )
 #if WEIGHTOPS_X86
 WEIGHTOPS_MERGE_LOOPS(avx2, WEIGHTOPS_AVX2)
 WEIGHTOPS_MERGE_LOOPS(avx512, WEIGHTOPS_AVX512)
-#define WEIGHTOPS_BY_ISA(function, ...)                                       \
-  (isa() == Isa::avx512 ? detail::function##_avx512(__VA_ARGS__)              \
-   : isa() == Isa::avx2 ? detail::function##_avx2(__VA_ARGS__)                \
+#define WEIGHTOPS_BY_ISA(function, ...)                          \
+  (isa() == Isa::avx512 ? detail::function##_avx512(__VA_ARGS__) \
+   : isa() == Isa::avx2 ? detail::function##_avx2(__VA_ARGS__)   \
                         : detail::function##_generic(__VA_ARGS__))
 #else
 #define WEIGHTOPS_BY_ISA(function, ...) detail::function##_generic(__VA_ARGS__)
@@ -114,8 +115,8 @@ bool merge_range(const MergeProblem& problem, const typename Accumulator<T>::typ
     if (!maps[m].load(problem.plan, problem.index.data + m * problem.index.stride, false))
       return false;
   // Sums of all outputs over a run stay in the second-level cache.
-  const int64_t run_limit =
-      std::max<int64_t>(512, std::min<int64_t>(8192, 131072 / std::max<int64_t>(1, problem.outputs)));
+  const int64_t run_limit = std::max<int64_t>(
+      512, std::min<int64_t>(8192, 131072 / std::max<int64_t>(1, problem.outputs)));
   std::vector<Sum> sums(problem.outputs * run_limit);
   std::vector<T> staged(run_limit);
   Cursor start(problem.plan, sizeof(T), false);

@@ -16,8 +16,9 @@
 
 namespace weightops {
 
-// How the integers of a plan (weightops/ops/permute/plan.py) read, per tensor: every axis has a size
-// and the map that reorders it, or kFixed. A map is a product of factors, each a label or fixed.
+// How the integers of a plan (weightops/ops/permute/plan.py) read, per tensor: every axis has a
+// size and the map that reorders it, or kFixed. A map is a product of factors, each a label or
+// fixed.
 constexpr int64_t kFixed = -1;
 
 struct Factor {
@@ -201,9 +202,9 @@ class Cursor {
 
   // Stands before output element `position` of a network.
   void seek(int64_t position) {
-    const auto behind = std::upper_bound(
-        plan_.tensors.begin(), plan_.tensors.end(), position,
-        [](int64_t at, const TensorPlan& tensor) { return at < tensor.offset; });
+    const auto behind =
+        std::upper_bound(plan_.tensors.begin(), plan_.tensors.end(), position,
+                         [](int64_t at, const TensorPlan& tensor) { return at < tensor.offset; });
     tensor_ = behind - plan_.tensors.begin() - 1;
     const TensorPlan& tensor = plan_.tensors[tensor_];
     const int64_t rest = position - tensor.offset;
@@ -212,8 +213,8 @@ class Cursor {
     row_ = rest / (tensor.block * tensor.columns);
   }
 
-  // How many of the next `limit` output elements to take at once: whole groups of rows, which gather
-  // fastest, where they fit.
+  // How many of the next `limit` output elements to take at once: whole groups of rows, which
+  // gather fastest, where they fit.
   int64_t good_run(int64_t limit) const {
     const TensorPlan& tensor = plan_.tensors[tensor_];
     const int64_t row_size = tensor.columns * tensor.block, group = kMaxRows * row_size;
@@ -226,7 +227,8 @@ class Cursor {
   void fill(const Maps& maps, const char* source, char* destination, int64_t count) {
     while (count > 0) {
       const TensorPlan& tensor = plan_.tensors[tensor_];
-      const int64_t rest = tensor.numel - (row_ * tensor.columns + column_) * tensor.block - within_;
+      const int64_t rest =
+          tensor.numel - (row_ * tensor.columns + column_) * tensor.block - within_;
       const int64_t run = std::min(rest, count);
       const char* from = source + tensor.offset * size_;
       // Single elements are streamed by the gather itself where their rows lie on lines.
@@ -267,7 +269,8 @@ class Cursor {
     const int64_t block = tensor.block, columns = tensor.columns, block_bytes = block * size_;
     const int32_t* index = tensor.column_map == kFixed ? &zero_ : maps.at(plan_, tensor.column_map);
     // One permuted axis before the columns is the common case, and rows may be short.
-    const OuterAxis* only = tensor.outer_end - tensor.outer_begin == 1 ? &plan_.outer[tensor.outer_begin] : nullptr;
+    const OuterAxis* only =
+        tensor.outer_end - tensor.outer_begin == 1 ? &plan_.outer[tensor.outer_begin] : nullptr;
     const int32_t* row_index = only && only->map != kFixed ? maps.at(plan_, only->map) : nullptr;
     const int64_t row_bytes = only ? only->stride * size_ : 0;
     const int64_t last_row = tensor.numel / (columns * block) - 1;

@@ -23,7 +23,9 @@ inline Tensor with_contiguous_rows(const Tensor& tensor) {
   return rows ? tensor : torch::stable::contiguous(tensor);
 }
 
-inline int64_t row_stride(const Tensor& tensor) { return tensor.size(0) < 2 ? 0 : tensor.stride(0); }
+inline int64_t row_stride(const Tensor& tensor) {
+  return tensor.size(0) < 2 ? 0 : tensor.stride(0);
+}
 
 inline Rows<const char> byte_rows(const Tensor& tensor) {
   return {static_cast<const char*>(tensor.const_data_ptr()), row_stride(tensor)};

@@ -22,12 +22,11 @@ void run_permute(const char* name, const Plan& plan, const Networks& networks, c
   const Tensor dense_index = with_contiguous_rows(index);
   const Rows<const int64_t> indices = index_rows(dense_index);
   const bool valid =
-      total == 0
-          ? all_permutations(plan, indices, index.size(0))
-          : all_of_range(total, networks.element_size, [&](int64_t begin, int64_t end) {
-              return permute_range(plan, networks.flat, indices, inverse, networks.out,
-                                   networks.element_size, stream, begin, end);
-            });
+      total == 0 ? all_permutations(plan, indices, index.size(0))
+                 : all_of_range(total, networks.element_size, [&](int64_t begin, int64_t end) {
+                     return permute_range(plan, networks.flat, indices, inverse, networks.out,
+                                          networks.element_size, stream, begin, end);
+                   });
   STD_TORCH_CHECK(valid, name, ": index holds a row that is no permutation");
 }
 
@@ -40,7 +39,9 @@ void permute_into(const Tensor& flat, const Tensor& index, const std::vector<int
   const Tensor source = with_contiguous_rows(flat);
   Tensor target = out,
          written = rows ? out : torch::stable::new_empty(flat, {flat.size(0), flat.size(1)});
-  const Networks networks{flat.size(0), int64_t(flat.element_size()), byte_rows(source),
+  const Networks networks{flat.size(0),
+                          int64_t(flat.element_size()),
+                          byte_rows(source),
                           {static_cast<char*>(written.mutable_data_ptr()), row_stride(written)}};
   run_permute("permute", plan, networks, index, inverse);
   if (!rows) torch::stable::copy_(target, written);
@@ -71,7 +72,8 @@ void permute_axes_into(const Tensor& x, const Tensor& index, const std::vector<i
   const bool dense = out.is_contiguous();
   const Tensor source = x.is_contiguous() ? x : torch::stable::contiguous(x);
   Tensor target = out, written = dense ? out : torch::stable::new_empty(x, x.sizes());
-  const Networks networks{x.size(0), int64_t(x.element_size()),
+  const Networks networks{x.size(0),
+                          int64_t(x.element_size()),
                           {static_cast<const char*>(source.const_data_ptr()), plan.numel},
                           {static_cast<char*>(written.mutable_data_ptr()), plan.numel}};
   run_permute("permute_axes", plan, networks, index, inverse);
@@ -116,15 +118,15 @@ void merge_into(const Tensor& flat, const Tensor& weights, const std::optional<T
   Tensor target = out;
   Tensor merged = rows ? out : torch::stable::new_empty(flat, {out.size(0), out.size(1)});
   const MergeProblem problem{plan, flat.size(0), weights.size(0), byte_rows(networks), indices};
-  bool valid = plan.numel > 0 || !index.has_value() ||
-               all_permutations(plan, indices, index->size(0));
+  bool valid =
+      plan.numel > 0 || !index.has_value() || all_permutations(plan, indices, index->size(0));
   if (plan.numel > 0) switch (flat.scalar_type()) {
-    case ScalarType::Float: valid = run_merge<float>(problem, dense, merged); break;
-    case ScalarType::Double: valid = run_merge<double>(problem, dense, merged); break;
-    case ScalarType::Half: valid = run_merge<Half>(problem, dense, merged); break;
-    case ScalarType::BFloat16: valid = run_merge<BFloat16>(problem, dense, merged); break;
-    default: STD_TORCH_CHECK(false, "merge: flat has an unsupported dtype");
-  }
+      case ScalarType::Float: valid = run_merge<float>(problem, dense, merged); break;
+      case ScalarType::Double: valid = run_merge<double>(problem, dense, merged); break;
+      case ScalarType::Half: valid = run_merge<Half>(problem, dense, merged); break;
+      case ScalarType::BFloat16: valid = run_merge<BFloat16>(problem, dense, merged); break;
+      default: STD_TORCH_CHECK(false, "merge: flat has an unsupported dtype");
+    }
   STD_TORCH_CHECK(valid, "merge: index holds a row that is no permutation");
   if (!rows) torch::stable::copy_(target, merged);
 }

@@ -13,9 +13,9 @@
 #include <algorithm>
 #include <cstdint>
 
-#define WEIGHTOPS_CUDA_CHECK(call)                                                       \
-  do {                                                                                   \
-    const cudaError_t error = (call);                                                    \
+#define WEIGHTOPS_CUDA_CHECK(call)                                                         \
+  do {                                                                                     \
+    const cudaError_t error = (call);                                                      \
     STD_TORCH_CHECK(error == cudaSuccess, "weightops: CUDA: ", cudaGetErrorString(error)); \
   } while (false)
 
@@ -26,8 +26,7 @@ using torch::stable::Tensor;
 
 inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 

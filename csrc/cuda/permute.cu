@@ -1,7 +1,7 @@
 // permute, permute_axes and merge for the CUDA dispatch key.
 //
-// A warp takes a piece of one output row (at most kPiece elements), so that the row's source is found
-// once and the elements of the piece leave in whole lines.
+// A warp takes a piece of one output row (at most kPiece elements), so that the row's source is
+// found once and the elements of the piece leave in whole lines.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -34,8 +34,9 @@ struct DeviceTensor {
 struct DevicePlan {
   const DeviceTensor* tensors;
   const DeviceAxis* outer;
-  const int64_t* labels;   // per label: start, size
-  const int64_t* products; // per product map: start, size, number of factors, then (label start, size)
+  const int64_t* labels;  // per label: start, size
+  const int64_t*
+      products;  // per product map: start, size, number of factors, then (label start, size)
   int64_t num_tensors, num_labels, num_products, map_size, pieces, numel;
 };
 
@@ -65,7 +66,8 @@ UploadedPlan upload(const Plan& plan, int32_t device) {
                        static_cast<int64_t>(t.outer_begin), static_cast<int64_t>(t.outer_end)});
     pieces += t.numel / row * per_row;
   }
-  for (const OuterAxis& axis : plan.outer) outer.push_back({axis.size, axis.stride, start(axis.map)});
+  for (const OuterAxis& axis : plan.outer)
+    outer.push_back({axis.size, axis.stride, start(axis.map)});
   for (size_t i = 0; i < plan.label_sizes.size(); ++i) {
     labels.push_back(plan.label_starts[i]);
     labels.push_back(plan.label_sizes[i]);
@@ -84,9 +86,9 @@ UploadedPlan upload(const Plan& plan, int32_t device) {
                 at_labels = append(words, labels), at_products = append(words, products);
   words.push_back(0);  // never empty
   const int64_t count = words.size();
-  Tensor storage = torch::stable::empty(
-      {count}, ScalarType::Long, std::nullopt,
-      torch::stable::Device(torch::headeronly::DeviceType::CUDA, device));
+  Tensor storage =
+      torch::stable::empty({count}, ScalarType::Long, std::nullopt,
+                           torch::stable::Device(torch::headeronly::DeviceType::CUDA, device));
   auto* base = static_cast<int64_t*>(storage.mutable_data_ptr());
   WEIGHTOPS_CUDA_CHECK(cudaMemcpy(base, words.data(), count * 8, cudaMemcpyHostToDevice));
   return {storage,
@@ -102,8 +104,10 @@ DevicePlan device_plan(const std::vector<int64_t>& code, int32_t device) {
   const std::lock_guard<std::mutex> lock(mutex);
   auto found = plans.find({device, code});
   if (found == plans.end())
-    found = plans.emplace(std::make_pair(device, code),
-                          upload(Plan::parse(code.data(), code.size()), device)).first;
+    found = plans
+                .emplace(std::make_pair(device, code),
+                         upload(Plan::parse(code.data(), code.size()), device))
+                .first;
   return found->second.plan;
 }
 
@@ -216,10 +220,9 @@ __device__ double widen(double value) { return value; }
 
 template <typename T, typename Sum>
 __global__ void __launch_bounds__(kThreads, 3)
-    merge_kernel(DevicePlan plan, const T* __restrict__ flat, int64_t flat_stride,
-                             int64_t networks, const Sum* __restrict__ weights, int64_t outputs,
-                             const int32_t* __restrict__ maps, int64_t map_stride,
-                             T* __restrict__ out, int64_t out_stride) {
+    merge_kernel(DevicePlan plan, const T* __restrict__ flat, int64_t flat_stride, int64_t networks,
+                 const Sum* __restrict__ weights, int64_t outputs, const int32_t* __restrict__ maps,
+                 int64_t map_stride, T* __restrict__ out, int64_t out_stride) {
   const int64_t warps = int64_t{gridDim.x} * (kThreads / kWarp);
   const int lane = threadIdx.x % kWarp;
   const int64_t first = int64_t{blockIdx.y} * kOutputs;
@@ -238,7 +241,8 @@ __global__ void __launch_bounds__(kThreads, 3)
       const bool inside = e < piece.end;
       Sum sums[kOutputs] = {};
       for (int64_t m = 0; m < networks; ++m) {
-        const int64_t row = m < kWarp ? __shfl_sync(0xffffffffu, own_row, static_cast<int>(m)) : row_of(m);
+        const int64_t row =
+            m < kWarp ? __shfl_sync(0xffffffffu, own_row, static_cast<int>(m)) : row_of(m);
         if (!inside) continue;
         const int32_t* own = maps == nullptr ? nullptr : maps + m * map_stride;
         const Sum value = widen(flat[row + source_in_row(tensor, e, own)]);
@@ -340,7 +344,8 @@ std::vector<int64_t> code_of_axes(const Tensor& x, const std::vector<int64_t>& a
     maps[axes[i] - 1] = i;
   }
   code.insert(code.end(), {1, rank});
-  for (int64_t axis = 0; axis < rank; ++axis) code.insert(code.end(), {x.size(axis + 1), maps[axis]});
+  for (int64_t axis = 0; axis < rank; ++axis)
+    code.insert(code.end(), {x.size(axis + 1), maps[axis]});
   return code;
 }
 
@@ -387,9 +392,15 @@ Tensor merge(const Tensor& flat, const Tensor& weights, const std::optional<Tens
   if (index.has_value()) maps = load_all_maps(plan, *index, false, stream);
   const Tensor* own = index.has_value() ? &maps : nullptr;
   switch (flat.scalar_type()) {
-    case ScalarType::Float: launch_merge<float, float>(plan, networks, dense, own, out, stream); break;
-    case ScalarType::Double: launch_merge<double, double>(plan, networks, dense, own, out, stream); break;
-    case ScalarType::Half: launch_merge<__half, float>(plan, networks, dense, own, out, stream); break;
+    case ScalarType::Float:
+      launch_merge<float, float>(plan, networks, dense, own, out, stream);
+      break;
+    case ScalarType::Double:
+      launch_merge<double, double>(plan, networks, dense, own, out, stream);
+      break;
+    case ScalarType::Half:
+      launch_merge<__half, float>(plan, networks, dense, own, out, stream);
+      break;
     case ScalarType::BFloat16:
       launch_merge<__nv_bfloat16, float>(plan, networks, dense, own, out, stream);
       break;

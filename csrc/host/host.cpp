@@ -66,7 +66,8 @@ py::tuple assign(const Array<T>& score, bool maximize, const std::optional<Array
 
 PYBIND11_MODULE(_host, m, py::mod_gil_not_used()) {
   m.doc() = "Kernels on numpy arrays; weightops.assign calls them.";
-  const char* doc = "(score [B, n, m], maximize, duals [B, m] or None, threads) -> (columns, duals)";
+  const char* doc =
+      "(score [B, n, m], maximize, duals [B, m] or None, threads) -> (columns, duals)";
   m.def("assign", &assign<float>, doc, py::arg("score").noconvert(), py::arg("maximize"),
         py::arg("duals"), py::arg("threads"));
   m.def("assign", &assign<double>, doc, py::arg("score").noconvert(), py::arg("maximize"),

@@ -1,7 +1,6 @@
 // The permute and merge cores against plain loops, from several threads: run under sanitizers.
 #include "../core/permute.h"
 
-
 #include <cstdio>
 #include <cstdlib>
 #include <numeric>
@@ -82,9 +81,11 @@ void check_merge(const Problem& p) {
   std::vector<float> flat(p.networks * numel), out(2 * numel), weights(2 * p.networks);
   for (size_t i = 0; i < flat.size(); ++i) flat[i] = static_cast<float>(i % 101) - 50;
   for (size_t i = 0; i < weights.size(); ++i) weights[i] = static_cast<float>(i + 1);
-  const weightops::MergeProblem problem{
-      p.plan, p.networks, 2, {reinterpret_cast<const char*>(flat.data()), numel},
-      {p.index.data(), stride}};
+  const weightops::MergeProblem problem{p.plan,
+                                        p.networks,
+                                        2,
+                                        {reinterpret_cast<const char*>(flat.data()), numel},
+                                        {p.index.data(), stride}};
   const bool valid = weightops::merge_range<float>(
       problem, weights.data(), {reinterpret_cast<char*>(out.data()), numel}, 0, numel);
   require(valid, "permutations are accepted");
@@ -104,11 +105,11 @@ void check_refusal(std::mt19937& random) {
     for (const bool inverse : {false, true}) {
       Problem broken = p;
       broken.index[0] = bad;
-      require(!weightops::permute_range(
-                  broken.plan, {reinterpret_cast<const char*>(flat.data()), 12},
-                  {broken.index.data(), 7}, inverse, {reinterpret_cast<char*>(out.data()), 12}, 4,
-                  false, 0, 12),
-              "no permutation is refused");
+      require(
+          !weightops::permute_range(broken.plan, {reinterpret_cast<const char*>(flat.data()), 12},
+                                    {broken.index.data(), 7}, inverse,
+                                    {reinterpret_cast<char*>(out.data()), 12}, 4, false, 0, 12),
+          "no permutation is refused");
     }
 }
 

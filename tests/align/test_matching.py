@@ -16,7 +16,9 @@ RECURRENT = weightops.WeightSpec(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("spec", [SPEC, RECURRENT, testing.resnet20_spec()], ids=["mlp", "rnn", "resnet"])
+@pytest.mark.parametrize(
+    "spec", [SPEC, RECURRENT, testing.resnet20_spec()], ids=["mlp", "rnn", "resnet"]
+)
 def test_match_undoes_a_permutation(spec: weightops.WeightSpec, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     reference = torch.randn(spec.numel, generator=generator, dtype=dtype)
@@ -70,7 +72,11 @@ def test_scores_are_what_moving_a_unit_gains() -> None:
         fixed = sum(
             (views["reference"][name].flatten() * views["current"][name].flatten()).sum()
             for name in spec.shapes
-            if not any(label == each for axis in range(len(spec.shapes[name])) for each, _ in spec.factors(name, axis))
+            if not any(
+                label == each
+                for axis in range(len(spec.shapes[name]))
+                for each, _ in spec.factors(name, axis)
+            )
         )
         for _ in range(5):
             p = torch.randperm(size, generator=generator)
@@ -156,7 +162,9 @@ def test_barrier_follows_the_definition() -> None:
         logits = probe(inputs)
         losses.append(nn.functional.cross_entropy(logits, targets).item())
         errors.append((logits.argmax(1) != targets).double().mean().item())
-    torch.testing.assert_close(found.losses, torch.tensor(losses, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        found.losses, torch.tensor(losses, dtype=torch.float64), rtol=1e-5, atol=1e-6
+    )
     torch.testing.assert_close(found.errors, torch.tensor(errors, dtype=torch.float64))
     excess = max(
         loss - ((1 - a) * losses[0] + a * losses[-1])
@@ -168,7 +176,9 @@ def test_barrier_follows_the_definition() -> None:
 def test_barrier_between_a_network_and_its_permutation_vanishes_after_matching() -> None:
     models, inputs, targets = networks()
     flat = NET_SPEC.flatten(models[0])
-    shuffled = weightops.permute(flat, NET_SPEC.random_permutations(1, torch.Generator().manual_seed(9)), NET_SPEC)
+    shuffled = weightops.permute(
+        flat, NET_SPEC.random_permutations(1, torch.Generator().manual_seed(9)), NET_SPEC
+    )
     evaluate = lambda end: align.barrier(  # noqa: E731
         models[0], NET_SPEC, flat[0], end, inputs, targets, points=5, progress=False
     )
@@ -195,11 +205,20 @@ def test_reset_statistics_equal_those_of_one_large_batch() -> None:
     ("change", "message"),
     [
         ({"spec": None}, "match: spec must be a WeightSpec"),
-        ({"reference": torch.zeros(3)}, r"match: reference has shape \[3\], but the spec's networks have"),
+        (
+            {"reference": torch.zeros(3)},
+            r"match: reference has shape \[3\], but the spec's networks have",
+        ),
         ({"reference": torch.zeros(1, SPEC.numel)}, r"match: reference must have shape"),
         ({"flat": torch.zeros(SPEC.numel)}, r"match: flat must have shape \[N, P\]"),
-        ({"flat": torch.zeros(1, SPEC.numel).double()}, "match: flat is torch.float64, but reference"),
-        ({"flat": torch.full((1, SPEC.numel), float("nan"))}, r"match: flat must be finite, but flat\[0, 0\] is nan"),
+        (
+            {"flat": torch.zeros(1, SPEC.numel).double()},
+            "match: flat is torch.float64, but reference",
+        ),
+        (
+            {"flat": torch.full((1, SPEC.numel), float("nan"))},
+            r"match: flat must be finite, but flat\[0, 0\] is nan",
+        ),
         ({"method": "magic"}, "match: method must be one of"),
         ({"max_sweeps": 0}, "match: max_sweeps must be an integer from 1"),
         ({"tensors": ["nope"]}, "match: tensors has 'nope'"),
@@ -208,7 +227,11 @@ def test_reset_statistics_equal_those_of_one_large_batch() -> None:
     ],
 )
 def test_match_refuses_bad_input(change: dict, message: str) -> None:
-    arguments = {"spec": SPEC, "reference": torch.zeros(SPEC.numel), "flat": torch.zeros(1, SPEC.numel)}
+    arguments = {
+        "spec": SPEC,
+        "reference": torch.zeros(SPEC.numel),
+        "flat": torch.zeros(1, SPEC.numel),
+    }
     with pytest.raises((ValueError, TypeError), match=message):
         align.match(**(arguments | change))
 
@@ -221,7 +244,10 @@ def test_match_refuses_bad_input(change: dict, message: str) -> None:
         ({"start": torch.zeros(2)}, "barrier: start has shape"),
         ({"end": torch.zeros(NET_SPEC.numel).long()}, "barrier: end must be floating point"),
         ({"inputs": torch.zeros(0, 6)}, "barrier: inputs must hold examples"),
-        ({"targets": torch.zeros(2).long()}, "barrier: targets has length 2, but the batch of inputs has size 5"),
+        (
+            {"targets": torch.zeros(2).long()},
+            "barrier: targets has length 2, but the batch of inputs has size 5",
+        ),
         ({"targets": torch.zeros(5)}, "barrier: targets must be int64 classes"),
         ({"points": 1}, "barrier: points must be an integer from 2"),
         ({"batch_size": 0}, "barrier: batch_size must be an integer from 1"),

@@ -469,7 +469,12 @@ def test_merge_of_special_values_equals_eager(dtype: torch.dtype) -> None:
 def test_merge_weights_are_numbers_in_any_form() -> None:
     flat, spec = torch.randn(2, 5, dtype=torch.float64), named(5)
     expected = 0.1 * flat[0] + 3 * flat[1]
-    forms = ([0.1, 3], (0.1, 3.0), np.array([0.1, 3.0]), [torch.tensor(0.1, dtype=torch.float64), np.int8(3)])
+    forms = (
+        [0.1, 3],
+        (0.1, 3.0),
+        np.array([0.1, 3.0]),
+        [torch.tensor(0.1, dtype=torch.float64), np.int8(3)],
+    )
     for weights in (*forms, torch.tensor([0.1, 3.0], dtype=torch.float64)):
         torch.testing.assert_close(merge(flat, weights, spec), expected, rtol=1e-15, atol=1e-15)
     compiled = torch.compile(lambda x: merge(x, [0.1, 3], spec), backend="eager", fullgraph=True)

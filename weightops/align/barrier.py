@@ -106,9 +106,11 @@ def barrier(
 
     network = copy.deepcopy(model).eval()
     alphas = torch.linspace(0, 1, points, dtype=torch.float64)
-    path = merge(torch.stack([start, end]), torch.stack([1 - alphas, alphas], 1).to(start.device), spec)
+    path = merge(
+        torch.stack([start, end]), torch.stack([1 - alphas, alphas], 1).to(start.device), spec
+    )
     measured = []
-    for row in track(path, "barrier", enabled=progress):
+    for row in track(path.unbind(), "barrier", enabled=progress):
         spec.load_(network, row)
         if norm_inputs is not None:
             reset_batch_norm(network, norm_inputs, batch_size)
@@ -134,7 +136,9 @@ def reset_batch_norm(model: nn.Module, inputs: Tensor, batch_size: int) -> None:
         norm.eval()
 
 
-def _evaluate(model: nn.Module, inputs: Tensor, targets: Tensor, batch_size: int) -> tuple[float, float]:
+def _evaluate(
+    model: nn.Module, inputs: Tensor, targets: Tensor, batch_size: int
+) -> tuple[float, float]:
     loss = wrong = 0.0
     for x, y in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
         logits = model(x)

@@ -127,9 +127,7 @@ def _score(
     return score
 
 
-def _places(
-    spec: WeightSpec, label: str, counted: Sequence[str]
-) -> Iterator[tuple[str, int, int]]:
+def _places(spec: WeightSpec, label: str, counted: Sequence[str]) -> Iterator[tuple[str, int, int]]:
     """Each place of ``label``: the tensor, and the number of elements before and behind that factor."""
     for name in counted:
         factors = [

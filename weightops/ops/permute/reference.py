@@ -31,7 +31,7 @@ def _take(x: Tensor, source: Tensor, axis: int, inverse: bool) -> Tensor:
 
 def permute(flat: Tensor, index: Tensor, plan: Sequence[int], inverse: bool = False) -> Tensor:
     """``flat`` [N, P], every tensor of ``plan`` reordered along its permuted axes."""
-    _, maps, tensors = decode(plan)
+    tensors = decode(plan).tensors
     sources = map_sources(index, plan)
     pieces, offset = [], 0
     for axes in tensors:
@@ -53,7 +53,9 @@ def map_sources(index: Tensor, plan: Sequence[int]) -> list[Tensor]:
     for each in maps:
         source = index.new_zeros(1, 1)
         for label, size in each.factors:
-            factor = torch.arange(size, device=index.device)[None] if label == FIXED else labels[label]
+            factor = (
+                torch.arange(size, device=index.device)[None] if label == FIXED else labels[label]
+            )
             source = (source[:, :, None] * size + factor[:, None, :]).flatten(1)
         sources.append(source)
     return sources

@@ -1,0 +1,57 @@
+"""Problems shared by tests and benchmarks, and checks that any op can be put through.
+
+Everything here is public: who writes an op on weight space can test it with
+:func:`check_transform`, :func:`check_gradients`, :func:`check_op` and :func:`assert_equivariant`.
+"""
+
+from weightops.testing.checks import (
+    MODES,
+    TRANSFORMS,
+    Function,
+    assert_equivariant,
+    check_autocast,
+    check_compiled_training,
+    check_export,
+    check_gradients,
+    check_op,
+    check_transform,
+)
+from weightops.testing.problems import (
+    Assign,
+    Networks,
+    PermuteAxes,
+    best_time,
+    pack,
+    random_rows,
+)
+from weightops.testing.specs import (
+    matrices_spec,
+    mlp_spec,
+    random_spec,
+    resnet20_spec,
+    vgg16_spec,
+)
+
+__all__ = [
+    "MODES",
+    "TRANSFORMS",
+    "Assign",
+    "Function",
+    "Networks",
+    "PermuteAxes",
+    "assert_equivariant",
+    "best_time",
+    "check_autocast",
+    "check_compiled_training",
+    "check_export",
+    "check_gradients",
+    "check_op",
+    "check_transform",
+    "matrices_spec",
+    "mlp_spec",
+    "pack",
+    "random_rows",
+    "random_spec",
+    "resnet20_spec",
+    "vgg16_spec",
+]
