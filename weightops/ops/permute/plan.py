@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import torch
-
 from weightops.spec import WeightSpec
 
 FIXED = -1
@@ -37,13 +35,16 @@ def plan(spec: WeightSpec) -> list[int]:
     return _cached(spec, spec.digest)
 
 
-# To Dynamo the plan is a constant. What guards it is the digest, which is read outside.
-@torch.compiler.assume_constant_result
 def _cached(spec: WeightSpec, digest: str) -> list[int]:
     cached = spec._cache.get("permute")
     if cached is None:
         cached = spec._cache["permute"] = _build(spec)
     return cached
+
+
+# To Dynamo the plan is a constant, and what guards it is the digest, which is read outside. This is what
+# torch.compiler.assume_constant_result does, after importing the whole compiler (a second).
+_cached._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _build(spec: WeightSpec) -> list[int]:
