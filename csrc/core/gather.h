@@ -152,29 +152,31 @@ WEIGHTOPS_AVX2 inline int64_t gather_4_avx2(char* destination, const RowGather& 
 
 // Four rows of 4-byte elements: interleaved in scratch, a column of them is one 128-bit load
 // instead of four gathered words, which halves the time. All columns of the rows are wanted.
-WEIGHTOPS_AVX512 inline void gather_interleaved_avx512(float* destination, const RowGather& job,
+WEIGHTOPS_AVX512 inline void gather_interleaved_avx512(char* destination, const RowGather& job,
                                                        bool stream) {
-  const float* rows[4];
-  for (int r = 0; r < 4; ++r) rows[r] = reinterpret_cast<const float*>(job.rows[r]);
-  float* const columns = reinterpret_cast<float*>(job.scratch);
-  const auto quad = [](const float* at) WEIGHTOPS_AVX512 { return _mm_loadu_ps(at); };
+  char* const columns = job.scratch;
+  // Rows may lie at any byte, scratch lies on a line.
+  const auto quad = [&](int r, int64_t column) WEIGHTOPS_AVX512 {
+    return _mm_loadu_ps(reinterpret_cast<const float*>(job.rows[r] + 4 * column));
+  };
   const __m512i transpose = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   int64_t j = 0;
   for (; j + 4 <= job.columns; j += 4) {
     // Reading ahead here and streaming below keeps the memory busy all the time.
     if (j % 16 == 0)
       for (int r = 0; r < 4; ++r) __builtin_prefetch(job.ahead[r] + 4 * j, 0, 2);
-    __m512 block = _mm512_castps128_ps512(quad(rows[0] + j));
-    block = _mm512_insertf32x4(block, quad(rows[1] + j), 1);
-    block = _mm512_insertf32x4(block, quad(rows[2] + j), 2);
-    block = _mm512_insertf32x4(block, quad(rows[3] + j), 3);
-    _mm512_store_ps(columns + 4 * j, _mm512_permutexvar_ps(transpose, block));
+    __m512 block = _mm512_castps128_ps512(quad(0, j));
+    block = _mm512_insertf32x4(block, quad(1, j), 1);
+    block = _mm512_insertf32x4(block, quad(2, j), 2);
+    block = _mm512_insertf32x4(block, quad(3, j), 3);
+    _mm512_store_ps(columns + 16 * j, _mm512_permutexvar_ps(transpose, block));
   }
   for (; j < job.columns; ++j)
-    for (int r = 0; r < 4; ++r) columns[4 * j + r] = rows[r][j];
+    for (int r = 0; r < 4; ++r) std::memcpy(columns + 16 * j + 4 * r, job.rows[r] + 4 * j, 4);
   const int32_t* const index = job.index;
-  const auto column = [&](int64_t i)
-                          WEIGHTOPS_AVX512 { return _mm_load_ps(columns + 4 * int64_t{index[i]}); };
+  const auto column = [&](int64_t i) WEIGHTOPS_AVX512 {
+    return _mm_load_ps(reinterpret_cast<const float*>(columns + 16 * int64_t{index[i]}));
+  };
   for (j = 0; j + 16 <= job.count; j += 16) {
     __m512 four[4];  // four[k]: columns j + k, j + k + 4, ... of the output, a lane each
     for (int k = 0; k < 4; ++k) {
@@ -190,13 +192,13 @@ WEIGHTOPS_AVX512 inline void gather_interleaved_avx512(float* destination, const
     const __m512d lines[4] = {_mm512_unpacklo_pd(low01, low23), _mm512_unpackhi_pd(low01, low23),
                               _mm512_unpacklo_pd(high01, high23),
                               _mm512_unpackhi_pd(high01, high23)};
-    for (int r = 0; r < 4; ++r) {
-      char* to = reinterpret_cast<char*>(destination + r * job.count + j);
-      store_line(to, _mm512_castpd_si512(lines[r]), stream);
-    }
+    for (int r = 0; r < 4; ++r)
+      store_line(destination + (r * job.count + j) * 4, _mm512_castpd_si512(lines[r]), stream);
   }
   for (; j < job.count; ++j)
-    for (int r = 0; r < 4; ++r) destination[r * job.count + j] = columns[4 * int64_t{index[j]} + r];
+    for (int r = 0; r < 4; ++r)
+      std::memcpy(destination + (r * job.count + j) * 4, columns + 16 * int64_t{index[j]} + 4 * r,
+                  4);
 }
 
 WEIGHTOPS_AVX512 inline void stream_lines_avx512(char* destination, const char* source,
@@ -214,7 +216,7 @@ inline int64_t gather_vector(char* destination, const RowGather& job) {
   const bool stream = job.stream && lines;
   if (isa() == Isa::avx512 && job.bytes == 4 && job.num_rows == 4 && job.count == job.columns &&
       job.columns * 16 <= kScratchBytes) {
-    gather_interleaved_avx512(reinterpret_cast<float*>(destination), job, stream);
+    gather_interleaved_avx512(destination, job, stream);
     return job.count;
   }
   if (isa() == Isa::avx512) switch (job.bytes) {

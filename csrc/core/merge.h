@@ -96,6 +96,11 @@ WEIGHTOPS_MERGE_LOOPS(avx512, WEIGHTOPS_AVX512)
 
 }  // namespace detail
 
+template <class T>
+bool is_aligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % alignof(T) == 0;
+}
+
 // Networks of one merge: `index` is absent (data null) where they are taken as they are.
 struct MergeProblem {
   const Plan& plan;
@@ -125,11 +130,14 @@ bool merge_range(const MergeProblem& problem, const typename Accumulator<T>::typ
     const int64_t run = start.good_run(std::min(run_limit, end - begin));
     for (int64_t m = 0; m < problem.networks; ++m) {
       const char* network = problem.flat.data + m * problem.flat.stride * sizeof(T);
-      const T* values = reinterpret_cast<const T*>(network) + begin;
+      const T* values = staged.data();
       if (permuted) {
         Cursor cursor = start;
         cursor.fill(maps[m], network, reinterpret_cast<char*>(staged.data()), run);
-        values = staged.data();
+      } else if (is_aligned<T>(network)) {
+        values = reinterpret_cast<const T*>(network) + begin;
+      } else {
+        std::memcpy(staged.data(), network + begin * sizeof(T), run * sizeof(T));
       }
       for (int64_t l = 0; l < problem.outputs; ++l) {
         Sum* sum = sums.data() + l * run_limit;
@@ -143,7 +151,9 @@ bool merge_range(const MergeProblem& problem, const typename Accumulator<T>::typ
     for (int64_t l = 0; l < problem.outputs; ++l) {
       const Sum* sum = sums.data() + l * run_limit;
       char* to = out.data + (l * out.stride + begin) * sizeof(T);
-      WEIGHTOPS_BY_ISA(round, reinterpret_cast<T*>(to), sum, run);
+      T* rounded = is_aligned<T>(to) ? reinterpret_cast<T*>(to) : staged.data();
+      WEIGHTOPS_BY_ISA(round, rounded, sum, run);
+      if (rounded == staged.data()) std::memcpy(to, rounded, run * sizeof(T));
     }
     begin += run;
   }
