@@ -533,13 +533,13 @@ def test_other_backends_pass_too(setting: str) -> None:
 
 
 def test_merge_of_networks_at_odd_addresses() -> None:
-    spec = weightops.WeightSpec({"w": ("h", None)}, {"w": (5, 3)})
+    spec = WeightSpec({"w": ("h", None)}, {"w": (5, 3)})
     values = torch.randn(2, 15)
     memory = np.zeros(2 * 60 + 1, dtype=np.uint8)
     memory[1:] = np.frombuffer(values.numpy().tobytes(), dtype=np.uint8)
     odd = torch.from_numpy(memory[1:].view(np.float32).reshape(2, 15))
     out = torch.from_numpy(np.zeros(61, dtype=np.uint8)[1:].view(np.float32))
     assert odd.data_ptr() % 4
-    torch.testing.assert_close(weightops.merge(odd, [1.0, 2.0], spec), values[0] + 2 * values[1])
-    weightops.merge(odd, [1.0, 2.0], spec, out=out)
+    torch.testing.assert_close(merge(odd, [1.0, 2.0], spec), values[0] + 2 * values[1])
+    merge(odd, [1.0, 2.0], spec, out=out)
     torch.testing.assert_close(out.clone(), values[0] + 2 * values[1])
