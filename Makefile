@@ -52,14 +52,15 @@ sanitize: build
 # On a machine with a GPU whose own Python has torch: build in place, GPU tests, benchmarks; under
 # 9 minutes. Results: gpu-tests.txt and bench.json in $$OUT (default: build/gpu).
 OUT ?= build/gpu
+HERE = PYTHONPATH=.:$$PYTHONPATH
 gpu:
 	mkdir -p $(OUT)
 	WEIGHTOPS_CUDA=1 WEIGHTOPS_REQUIRE_NATIVE=1 $(PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=. $(PYTHON) -m weightops.info --json > $(OUT)/info.json
-	PYTHONPATH=. timeout 240 $(PYTHON) -m pytest tests -m gpu -q 2>&1 | tee $(OUT)/gpu-tests.txt
-	PYTHONPATH=. WEIGHTOPS_BENCH_GPU=1 timeout 240 $(PYTHON) -m pytest bench -q --benchmark-only \
-		--benchmark-json=$(OUT)/bench.json -k "permute or merge"
-	PYTHONPATH=. $(PYTHON) bench/report.py $(OUT)/bench.json --save $(OUT)
+	$(HERE) $(PYTHON) -m weightops.info --json > $(OUT)/info.json
+	$(HERE) timeout 240 $(PYTHON) -m pytest tests/test_gpu.py -m gpu -q 2>&1 | tee $(OUT)/gpu-tests.txt
+	$(HERE) WEIGHTOPS_BENCH_GPU=1 timeout 240 $(PYTHON) -m pytest bench/bench_permute.py -q \
+		--benchmark-only --benchmark-json=$(OUT)/bench.json
+	$(HERE) $(PYTHON) bench/report.py $(OUT)/bench.json --save $(OUT)
 
 lint: build
 	$(BIN)/ruff check .

@@ -49,8 +49,6 @@ def reason_for_pure_python():
 
 class CMakeBuild(build_ext):
     def run(self):
-        import pybind11
-
         destination = Path(self.get_ext_fullpath("weightops._native")).parent.resolve()
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
@@ -61,8 +59,14 @@ class CMakeBuild(build_ext):
             "WEIGHTOPS_CUDA": "ON" if cuda else "OFF",
             "WEIGHTOPS_SANITIZE": "ON" if flag("SANITIZE") else "OFF",
             "Python_EXECUTABLE": sys.executable,
-            "pybind11_DIR": pybind11.get_cmake_dir(),
         }
+        # Only numpy users of assign need the pybind11 module; torch users never do.
+        if importlib.util.find_spec("pybind11"):
+            import pybind11
+
+            options["pybind11_DIR"] = pybind11.get_cmake_dir()
+        else:
+            options["WEIGHTOPS_HOST"] = "OFF"
         generator = ["-GNinja"] if shutil.which("ninja") else []
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
         arguments = [f"-D{name}={value}" for name, value in options.items()]

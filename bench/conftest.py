@@ -1,4 +1,4 @@
-"""Settings every benchmark shares: fixed threads, a warm machine, and what a row says of its floor."""
+"""Settings every benchmark shares: fixed threads, and what a row says of its floor."""
 
 from __future__ import annotations
 
@@ -7,27 +7,21 @@ import os
 import floors
 import pytest
 import torch
+from timing import event_seconds
+
+from weightops.testing import best_time
 
 THREADS = 2
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     torch.set_num_threads(THREADS)
-    # A fresh output of 100 MB costs more in page faults than in arithmetic; under `make bench` glibc
-    # keeps freed pages, for every implementation alike.
-    config.stash[_ALLOCATOR] = os.environ.get("MALLOC_TOP_PAD_", "default")
-
-
-_ALLOCATOR = pytest.StashKey[str]()
 
 
 @pytest.fixture
 def device() -> str:
-    return (
-        "cuda"
-        if torch.cuda.is_available() and os.environ.get("WEIGHTOPS_BENCH_GPU") == "1"
-        else "cpu"
-    )
+    wanted = os.environ.get("WEIGHTOPS_BENCH_GPU") == "1"
+    return "cuda" if wanted and torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
@@ -35,30 +29,21 @@ def measure(benchmark, device):
     """``measure(f, bytes)`` times ``f`` and records the floor measured in this run."""
 
     def run(f, bytes_moved: int | None = None) -> None:
-        def call() -> None:
-            f()
-            if device == "cuda":
-                torch.cuda.synchronize()
-
-        call()
-        benchmark.pedantic(call, rounds=_rounds(call), warmup_rounds=2)
+        rounds = max(5, min(300, int(1 / (best_time(f, 0.0) + 1e-7))))
+        benchmark.pedantic(f, rounds=rounds, warmup_rounds=2)
+        took = benchmark.stats.stats.min
+        if device == "cuda":
+            # What the clock saw above is the launch.
+            took = event_seconds(f)
+            benchmark.extra_info["gpu_seconds"] = took
         if bytes_moved:
-            seconds = benchmark.stats.stats.min
             floor = bytes_moved / floors.copy_bandwidth(bytes_moved, device)
             benchmark.extra_info.update(
                 bytes=bytes_moved,
-                gb_per_s=round(bytes_moved / seconds / 1e9, 2),
+                gb_per_s=round(bytes_moved / took / 1e9, 2),
                 floor_ms=round(1e3 * floor, 4),
-                over_floor=round(seconds / floor, 2),
+                over_floor=round(took / floor, 2),
             )
         benchmark.extra_info.update(threads=torch.get_num_threads(), device=device)
 
     return run
-
-
-def _rounds(call, budget: float = 1.0) -> int:
-    import time
-
-    began = time.perf_counter()
-    call()
-    return max(5, min(300, int(budget / (time.perf_counter() - began + 1e-7))))

@@ -61,7 +61,10 @@ def rows_of(benchmarks: list[dict]) -> list[Row]:
 
 
 def _ms(benchmark: dict, statistic: str = "min") -> float:
-    return 1e3 * benchmark["stats"][statistic]
+    on_gpu = benchmark["extra_info"].get("gpu_seconds")
+    return 1e3 * (
+        on_gpu if on_gpu is not None and statistic == "min" else benchmark["stats"][statistic]
+    )
 
 
 def _rows(name: str, members: dict[str, dict]) -> list[Row]:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pybind11
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +27,8 @@ def cores() -> None:
         ("thread", ["-fsanitize=thread"]),
     ):
         for source in sorted((ROOT / "csrc" / "tests").glob("*.cpp")):
+            if name == "thread" and "<thread>" not in source.read_text():
+                continue
             program = BUILD / f"{source.stem}-{name}"
             run(
                 "c++",
@@ -49,7 +50,7 @@ def library() -> None:
     run(
         "cmake", "-S", ROOT, "-B", BUILD, "-DWEIGHTOPS_SANITIZE=ON", "-DCMAKE_BUILD_TYPE=RelWithDebInfo",
         f"-DWEIGHTOPS_TORCH_ROOT={Path(torch.__file__).parent}",
-        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        "-DWEIGHTOPS_HOST=OFF",
     )  # fmt: skip
     run("cmake", "--build", BUILD, "--target", "_weightops_cpu", "--parallel", "2")
     runtime = [
