@@ -23,14 +23,16 @@ namespace weightops::assign {
 
 template <typename T>
 struct Workspace {
+  template <typename Value>
   struct alignas(64) Line {
-    double values[8];
+    Value values[64 / sizeof(Value)];
   };
   struct Step {  // of a shortest path tree: a column, the row that holds it, and the way there
     int64_t row, column;
     double offset, distance, potential;
   };
-  std::vector<Line> lines;
+  std::vector<Line<double>> lines;
+  std::vector<Line<T>> coarse_lines;
   std::vector<int64_t> row_of, column_of, free_rows, displaced_rows, free_columns, reached_from;
   std::vector<Step> tree;
 };
@@ -57,6 +59,7 @@ template <typename T, int lanes, int vectors>
 struct Solver : Scan<T, lanes, vectors> {
   using Base = Scan<T, lanes, vectors>;
   using Base::bounds;
+  using Base::coarse;
   using Base::cols;
   using Base::distance;
   using Base::groups;
@@ -68,7 +71,7 @@ struct Solver : Scan<T, lanes, vectors> {
   using Base::score;
   using Base::sign;
   using Base::stride;
-  using typename Base::Doubles;
+  using Base::zero;
 
   Workspace<T>& ws;
   double* nearest;  // of groups: the least distance
@@ -81,14 +84,20 @@ struct Solver : Scan<T, lanes, vectors> {
     sign = problem.maximize ? -1 : 1;
     padded = (cols + kBlock - 1) / kBlock * kBlock;
     groups = padded / kGroup;
-    ws.lines.resize((2 * padded + (1 + rows) * groups) / 8 + 1);
+    ws.lines.resize((2 * padded + groups) / 8 + 1);
+    ws.coarse_lines.resize((2 * padded + rows * groups) * sizeof(T) / 64 + 1);
     potential = ws.lines.data()->values;
     distance = potential + padded;
     nearest = distance + padded;
-    bounds = nearest + groups;
+    coarse = ws.coarse_lines.data()->values;
+    zero = coarse + padded;
+    bounds = zero + padded;
     ws.reached_from.resize(padded);
     this->reached_from = ws.reached_from.data();
     std::fill(potential + cols, potential + padded, -kInfinity);
+    std::fill(coarse + cols, coarse + padded, -std::numeric_limits<T>::infinity());
+    std::fill(zero, zero + cols, 0);
+    std::fill(zero + cols, zero + padded, -std::numeric_limits<T>::infinity());
   }
 
   // The row takes its best column, lowered by the lead over the second best; whoever loses waits.
@@ -96,7 +105,10 @@ struct Solver : Scan<T, lanes, vectors> {
     const int64_t column = best.column, holder = ws.row_of[column];
     const double lowered = potential[column] - (best.second - best.value);
     const bool lowers = lowered < potential[column] && lowered > -kInfinity;
-    if (lowers) potential[column] = lowered;
+    if (lowers) {
+      potential[column] = lowered;
+      coarse[column] = rounded_up<T>(lowered);
+    }
     if (holder != kNone && !lowers) {
       ws.displaced_rows.push_back(row);
       return;
@@ -127,14 +139,9 @@ struct Solver : Scan<T, lanes, vectors> {
   WEIGHTOPS_INLINE void relax(int64_t row, double offset) {
     double limit = kInfinity;
     for (const int64_t column : ws.free_columns) limit = std::min(limit, distance[column]);
-    const double* bound = bounds + row * groups;
+    const T key = rounded_up<T>(limit + offset);
     for (int64_t start = 0; start < groups; start += 64) {
-      uint64_t open = 0;
-      for (int64_t k = start; k < std::min(groups, start + 64); k += lanes) {
-        Doubles key;
-        this->load(bound + k, key);
-        open |= static_cast<uint64_t>(this->less(key - offset, Doubles{} + limit)) << (k - start);
-      }
+      uint64_t open = this->below(row, start, key);
       for (; open != 0; open &= open - 1) {
         const int64_t group = start + __builtin_ctzll(open);
         nearest[group] = this->relax_group(row, group, offset, ws.tree.size() - 1);
@@ -212,35 +219,41 @@ struct Solver : Scan<T, lanes, vectors> {
     free_all();
     ws.free_rows.resize(rows);
     std::iota(ws.free_rows.begin(), ws.free_rows.end(), 0);
-    double *highest = nearest, *zero = distance;
+    double* highest = nearest;
     std::fill(potential, potential + cols, kInfinity);
-    std::fill(highest, highest + groups, kInfinity);
-    std::fill(zero, zero + padded, -kInfinity);
-    std::fill(zero, zero + cols, 0);
+    std::fill(highest, highest + groups, 0);
+    std::fill(highest, highest + (cols + kGroup - 1) / kGroup, kInfinity);
     bool finite = true;
     for (int64_t row = 0; row < rows; ++row) {
       finite &= this->read(row, std::min(row + 1, rows - 1), zero);
       this->lower_potentials(row, this->least(bounds + row * groups).value, highest);
     }
     for (int64_t row = 0; row < rows; ++row)
-      for (int64_t k = 0; k < groups; ++k) bounds[row * groups + k] -= highest[k];
+      for (int64_t k = 0; k < groups; ++k) {
+        T& bound = bounds[row * groups + k];
+        bound = rounded_down<T>(bound - highest[k]);
+      }
     return finite;
   }
 
   // From the given potentials, or zero; rows bid as soon as they have been read.
   WEIGHTOPS_INLINE bool start_from(const double* given, bool bids) {
     free_all();
-    for (int64_t column = 0; column < cols; ++column)
+    for (int64_t column = 0; column < cols; ++column) {
       potential[column] = given ? sign * given[column] : 0;
-    bool finite = true;
-    for (int64_t row = 0; row < rows; ++row) {
-      finite &= this->read(row, std::min(row + 1, rows - 1), potential);
-      if (bids) {
-        place(row, this->bid(row, this->lowest_two(row), ws.row_of));
-      } else {
-        ws.displaced_rows.push_back(row);
-      }
+      coarse[column] = rounded_up<T>(potential[column]);
     }
+    bool finite = true;
+    // A row bids while the next is read, which hides how long each step of a bid awaits the last.
+    typename Base::Pair pair{}, last;
+    for (int64_t row = 0; row < rows; ++row) {
+      finite &= this->read(row, std::min(row + 1, rows - 1), coarse);
+      last = pair;
+      pair = this->lowest_two(row);
+      if (!bids) ws.displaced_rows.push_back(row);
+      if (bids && row > 0) place(row - 1, this->bid(row - 1, last, ws.row_of));
+    }
+    if (bids && rows > 0) place(rows - 1, this->bid(rows - 1, pair, ws.row_of));
     ws.free_rows.swap(ws.displaced_rows);
     return finite;
   }
@@ -248,15 +261,15 @@ struct Solver : Scan<T, lanes, vectors> {
   // Potentials bound the optimum from below: by their sum and that of the row minima they leave.
   // Those worth a start raise the bound well over that by zeros; a sample of the rows will tell.
   WEIGHTOPS_INLINE bool is_worth_a_start(const double* given) {
-    double *start = potential, *zero = distance;
-    std::fill(zero, zero + padded, -kInfinity);
-    std::fill(zero, zero + cols, 0);
     double total = 0, gain = 0;
-    for (int64_t column = 0; column < cols; ++column) total += start[column] = sign * given[column];
+    for (int64_t column = 0; column < cols; ++column) {
+      total += sign * given[column];
+      coarse[column] = rounded_up<T>(sign * given[column]);
+    }
     const int64_t sampled = std::min(rows, kSampledRows);
     for (int64_t k = 0; k < sampled; ++k) {
       const int64_t row = k * rows / sampled;
-      this->read(row, row, start);
+      this->read(row, std::min(k + 1, sampled - 1) * rows / sampled, coarse);
       gain += this->least(bounds + row * groups).value;
       this->read(row, row, zero);
       gain -= this->least(bounds + row * groups).value;
@@ -313,7 +326,7 @@ WEIGHTOPS_AVX2 bool solve_avx2(const Problem<T>& problem, Workspace<T>& ws) {
 
 template <typename T>
 WEIGHTOPS_AVX512 bool solve_avx512(const Problem<T>& problem, Workspace<T>& ws) {
-  return Solver<T, 8, 1>(problem, ws).run(problem);
+  return Solver<T, 8, 2>(problem, ws).run(problem);
 }
 #endif
 

@@ -1,11 +1,14 @@
-// The scans of assign.h over rows of scores, as vectors of doubles.
+// The scans of assign.h over rows of scores, as vectors.
 //
 // Columns come in groups. When a row is read in full, the least reduced cost of each group is kept;
 // as potentials only fall from there on, it bounds the group from below for good, and whoever looks
-// for the row's best columns again reads only the groups whose bounds let them in.
+// for the row's best columns again reads only the groups whose bounds let them in. Bounds have the
+// type of the scores and are rounded down, so that a row of floats is read as floats; what is
+// decided is decided in double.
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -31,26 +34,31 @@ struct Least {
 
 // Compiled anew for each instruction set, see assign_vector.h.
 template <typename T, int lanes, int vectors>
-struct Scan : Arithmetic<lanes> {
-  using Base = Arithmetic<lanes>;
+struct Scan : Arithmetic<double, lanes> {
+  using Base = Arithmetic<double, lanes>;
   using Base::equal;
   using Base::less;
   using Base::load;
   using Base::lower;
   using Base::lower_all;
   using Base::lower_all_two;
-  using Base::lower_each;
   using Base::store;
-  using typename Base::Doubles;
+  using Doubles = typename Base::Values;
   using typename Base::Integers;
 
-  static constexpr int64_t kGroup = lanes * vectors, kBlock = lanes * kGroup;
+  static constexpr int kWide = lanes * 8 / sizeof(T);
+  using Wide = Arithmetic<T, kWide>;
+  using Scores = typename Wide::Values;
+
+  static constexpr int64_t kGroup = lanes * vectors, kBlock = kWide * kGroup;
 
   const T* score;
   int64_t rows, cols, stride, padded, groups;
   double sign;
   double *potential, *distance;  // of columns; potentials are padded by -infinity, to cost infinity
-  double* bounds;                // [rows, groups]
+  T* coarse;                     // potentials, rounded up
+  T* zero;                       // in place of potentials
+  T* bounds;                     // [rows, groups]
   int64_t* reached_from;         // of columns: the step of the tree that gave the distance
 
   WEIGHTOPS_INLINE double cost(int64_t row, int64_t column) const {
@@ -79,50 +87,75 @@ struct Scan : Arithmetic<lanes> {
     cost = cost * sign - subtracted;
   }
 
-  // Reads a row in full and bounds its groups; false if a score is not finite.
-  WEIGHTOPS_INLINE bool read(int64_t row, int64_t next_row, const double* from) {
-    Doubles infinite[2] = {};  // 0 times a score: 0, or else NaN
-    for (int64_t first = 0; first < padded; first += kBlock) {
-      T padding[kBlock];
-      const T* scores = at(row, first, kBlock, padding);
-      Doubles minima[lanes];
+  // A block of a row, whole or the last. A float's difference is off by 2^-24 of itself at most,
+  // and from zero it is exact.
+  template <bool is_whole>
+  WEIGHTOPS_INLINE void read_block(int64_t row, int64_t next_row, int64_t first, const T* from,
+                                   Scores* infinite) {
+    const T plus = static_cast<T>(sign);
+    Scores minima[kWide];
+#pragma GCC unroll 16
+    for (int group = 0; group < kWide; ++group) {
+      const int64_t start = first + group * kGroup;
+      Scores minimum = Scores{} + std::numeric_limits<T>::infinity();
+      T padding[kGroup];
+      if (is_whole || start < cols) {
+        const T* scores = is_whole ? score + row * stride + start : at(row, start, kGroup, padding);
+        prefetch(next_row, start);
 #pragma GCC unroll 8
-      for (int group = 0; group < lanes; ++group) {
-        prefetch(next_row, first + group * kGroup);
-        Doubles minimum = Doubles{} + kInfinity;
-#pragma GCC unroll 8
-        for (int k = 0; k < vectors; ++k) {
-          const int64_t offset = group * kGroup + k * lanes;
-          Doubles value, subtracted;
-          load(scores + offset, value);
-          load(from + first + offset, subtracted);
-          infinite[(group * vectors + k) % 2] += value * 0.0;
-          lower(minimum, value * sign - subtracted);
+        for (int k = 0; k < kGroup; k += kWide) {
+          Scores value, subtracted;
+          Wide::load(scores + k, value);
+          Wide::load(from + start + k, subtracted);
+          infinite[(group + k / kWide) % 2] += value * T{0};
+          Wide::lower(minimum, value * plus - subtracted);
         }
-        minima[group] = minimum;
       }
-      lower_each(minima);
-      store(minima[0], bounds + row * groups + first / kGroup);
+      minima[group] = minimum;
     }
+    Wide::lower_each(minima);
+    T* bound = bounds + row * groups + first / kGroup;
+    if (sizeof(T) < 8 && from != zero) {
+      Wide::lower(minima[0], Scores{} + std::numeric_limits<T>::max());
+      const Scores negative = -minima[0], size = negative < minima[0] ? minima[0] : negative;
+      minima[0] -= size * T{0x1p-22} + std::numeric_limits<T>::min();
+    }
+    Wide::store(minima[0], bound);
+    if (!is_whole)
+      for (int64_t group = (cols - first + kGroup - 1) / kGroup; group < kWide; ++group)
+        bound[group] = std::numeric_limits<T>::infinity();
+  }
+
+  // Reads a row in full and bounds its groups; false if a score is not finite.
+  WEIGHTOPS_INLINE bool read(int64_t row, int64_t next_row, const T* from) {
+    Scores infinite[2] = {};  // 0 times a score: 0, or else NaN
+    int64_t first = 0;
+    for (; first + kBlock <= cols; first += kBlock)
+      read_block<true>(row, next_row, first, from, infinite);
+    if (first < cols) read_block<false>(row, next_row, first, from, infinite);
     infinite[0] += infinite[1];
-    return equal(infinite[0], Doubles{}) == (1u << lanes) - 1;
+    return Wide::equal(infinite[0], Scores{}) == (1u << kWide) - 1;
   }
 
   // The least of the values, one a group, and the first group that has it.
-  WEIGHTOPS_INLINE Least least(const double* values) const {
-    Doubles minimum;
-    load(values, minimum);
-    Integers start = Integers{};
-    for (int64_t k = lanes; k < groups; k += lanes) {
-      Doubles other;
-      load(values + k, other);
-      start = other < minimum ? Integers{} + k : start;
-      lower(minimum, other);
+  template <typename Value>
+  WEIGHTOPS_INLINE Least least(const Value* values) const {
+    using Of = Arithmetic<Value, lanes * 8 / sizeof(Value)>;
+    using Numbers = typename Of::Integers;
+    constexpr int step = lanes * 8 / sizeof(Value);
+    typename Of::Values minimum;
+    Of::load(values, minimum);
+    Numbers start = Numbers{};
+    for (typename Of::Integer k = step; k < groups; k += step) {
+      typename Of::Values other;
+      Of::load(values + k, other);
+      start = other < minimum ? Numbers{} + k : start;
+      Of::lower(minimum, other);
     }
-    Doubles all = minimum;
-    lower_all(all);
-    const unsigned found = equal(minimum, all);
-    int64_t starts[lanes];
+    auto all = minimum;
+    Of::lower_all(all);
+    const unsigned found = Of::equal(minimum, all);
+    typename Of::Integer starts[step];
     std::memcpy(starts, &start, sizeof starts);
     const int lane = found ? __builtin_ctz(found) : 0;
     return {all[0], starts[lane] + lane};
@@ -135,53 +168,65 @@ struct Scan : Arithmetic<lanes> {
 
   // The two groups of a row with the lowest bounds, fetched ahead.
   WEIGHTOPS_INLINE Pair lowest_two(int64_t row) const {
-    const double* bound = bounds + row * groups;
-    Doubles lowest, next = Doubles{} + kInfinity;
-    load(bound, lowest);
-    Integers start = Integers{}, next_start = start, lane_of;
-    for (int lane = 0; lane < lanes; ++lane) lane_of[lane] = lane;
-    for (int64_t k = lanes; k < groups; k += lanes) {
-      Doubles other;
-      load(bound + k, other);
-      const Integers here = Integers{} + k;
+    using Numbers = typename Wide::Integers;
+    const T* bound = bounds + row * groups;
+    Scores lowest, next = Scores{} + std::numeric_limits<T>::infinity();
+    Wide::load(bound, lowest);
+    Numbers start = Numbers{}, next_start = start, lane_of;
+    for (int lane = 0; lane < kWide; ++lane) lane_of[lane] = lane;
+    for (typename Wide::Integer k = kWide; k < groups; k += kWide) {
+      Scores other;
+      Wide::load(bound + k, other);
+      const Numbers here = Numbers{} + k;
       next_start = other < next ? here : next_start;
-      lower(next, other);
+      Wide::lower(next, other);
       next_start = other < lowest ? start : next_start;
       next = other < lowest ? lowest : next;
       start = other < lowest ? here : start;
-      lower(lowest, other);
+      Wide::lower(lowest, other);
     }
     start += lane_of;
     next_start += lane_of;
-    Doubles all = lowest;
-    lower_all(all);
-    const unsigned found = equal(lowest, all);
+    Scores all = lowest;
+    Wide::lower_all(all);
+    const unsigned found = Wide::equal(lowest, all);
     const int lane = found ? __builtin_ctz(found) : 0;
-    int64_t starts[lanes];
+    typename Wide::Integer starts[kWide], next_starts[kWide];
     std::memcpy(starts, &start, sizeof starts);
-    const Integers is_taken = lane_of == Integers{} + lane;
+    const Numbers is_taken = lane_of == Numbers{} + lane;
     lowest = is_taken ? next : lowest;
     start = is_taken ? next_start : start;
     all = lowest;
-    lower_all(all);
-    const unsigned found_next = equal(lowest, all);
-    int64_t next_starts[lanes];
+    Wide::lower_all(all);
+    const unsigned found_next = Wide::equal(lowest, all);
     std::memcpy(next_starts, &start, sizeof next_starts);
     const Pair pair{starts[lane], next_starts[found_next ? __builtin_ctz(found_next) : 0],
-                    all[0] < kInfinity};
+                    all[0] < std::numeric_limits<T>::infinity()};
     prefetch(row, pair.first * kGroup);
     prefetch(row, pair.second * kGroup);
     return pair;
   }
 
-  // The least two reduced costs of each lane, and the group of the least.
+  // Bits of those groups from `start` on, 64 at most, whose bounds in this row are below the limit.
+  WEIGHTOPS_INLINE uint64_t below(int64_t row, int64_t start, T limit) const {
+    uint64_t open = 0;
+    for (int64_t k = start; k < std::min(groups, start + 64); k += kWide) {
+      Scores bound;
+      Wide::load(bounds + row * groups + k, bound);
+      open |= static_cast<uint64_t>(Wide::less(bound, Scores{} + limit)) << (k - start);
+    }
+    return open;
+  }
+
+  // The least two reduced costs of each lane, and the group of the least of all.
   struct Best {
     Doubles value = Doubles{} + kInfinity, second = value;
-    Integers group = Integers{};
+    double least = kInfinity;
+    int64_t group = 0;
   };
 
-  // Takes a group's reduced costs into account, and bounds the group by the least of them.
-  WEIGHTOPS_INLINE void visit(int64_t row, int64_t group, Best& best) {
+  // Takes a group's reduced costs into account; returns the new bound of the group.
+  WEIGHTOPS_INLINE T visit(int64_t row, int64_t group, Best& best) const {
     const int64_t first = group * kGroup;
     T padding[kGroup];
     const T* scores = at(row, first, kGroup, padding);
@@ -190,62 +235,73 @@ struct Scan : Arithmetic<lanes> {
       Doubles costs;
       load_cost(scores + k * lanes, sign, potential + first + k * lanes, costs);
       lower(best.second, costs > best.value ? costs : best.value);
-      best.group = costs < best.value ? Integers{} + group : best.group;
       lower(best.value, costs);
       lower(minimum, costs);
     }
     lower_all(minimum);
-    bounds[row * groups + group] = minimum[0];
+    // By lanes, GCC would take these apart.
+    best.group = minimum[0] < best.least ? group : best.group;
+    best.least = std::min(best.least, minimum[0]);
+    return rounded_down<T>(minimum[0]);
   }
 
   // A row's two least reduced costs; of equal columns, a free one if there is one.
   WEIGHTOPS_INLINE Minimum bid(int64_t row, const Pair& pair, const std::vector<int64_t>& row_of) {
-    const double* bound = bounds + row * groups;
     Best best;
-    visit(row, pair.first, best);
-    if (pair.is_pair) visit(row, pair.second, best);
+    T* bound = bounds + row * groups;
+    // Stored when the bounds have been read: a vector load waits for narrower stores to retire.
+    const T first_bound = visit(row, pair.first, best);
+    const T second_bound = pair.is_pair ? visit(row, pair.second, best) : bound[pair.second];
     Doubles value = best.value, second = best.second;
     lower_all_two(value, second);
     for (int64_t start = 0; start < groups; start += 64) {
-      uint64_t open = 0;
-      for (int64_t k = start; k < std::min(groups, start + 64); k += lanes) {
-        Doubles lowest;
-        load(bound + k, lowest);
-        open |= static_cast<uint64_t>(less(lowest, second)) << (k - start);
-      }
+      uint64_t open = below(row, start, rounded_up<T>(second[0]));
       if (static_cast<uint64_t>(pair.first - start) < 64)
         open &= ~(uint64_t{1} << (pair.first - start));
       if (static_cast<uint64_t>(pair.second - start) < 64)
         open &= ~(uint64_t{pair.is_pair} << (pair.second - start));
-      for (; open != 0; open &= open - 1) visit(row, start + __builtin_ctzll(open), best);
+      if (open == 0) continue;
+      for (; open != 0; open &= open - 1) {
+        const int64_t group = start + __builtin_ctzll(open);
+        bound[group] = visit(row, group, best);
+      }
+      value = best.value;
+      second = best.second;
+      lower_all_two(value, second);
     }
-    value = best.value;
-    second = best.second;
-    lower_all_two(value, second);
+    bound[pair.second] = second_bound;
+    bound[pair.first] = first_bound;
     if (!(value[0] < second[0])) return {value[0], any_of_equal(row, value[0], row_of), second[0]};
-    int64_t group_of[lanes];
-    std::memcpy(group_of, &best.group, sizeof group_of);
-    const int lane = __builtin_ctz(equal(best.value, value));
-    const int64_t first = group_of[lane] * kGroup;
+    const int64_t first = best.group * kGroup;
     T padding[kGroup];
     const T* scores = at(row, first, kGroup, padding);
-    unsigned place = 0;
+    uint64_t place = 0;
     for (int k = 0; k < vectors; ++k) {
       Doubles costs;
       load_cost(scores + k * lanes, sign, potential + first + k * lanes, costs);
-      place |= equal(costs, value) != 0 ? k * lanes : 0;
+      place |= static_cast<uint64_t>(equal(costs, value)) << (k * lanes);
     }
-    return {value[0], first + place + lane, second[0]};
+    return {value[0], first + __builtin_ctzll(place), second[0]};
   }
 
   WEIGHTOPS_INLINE int64_t any_of_equal(int64_t row, double least,
                                         const std::vector<int64_t>& row_of) const {
+    const Doubles wanted = Doubles{} + least;
+    const T limit = rounded_up<T>(std::nextafter(least, kInfinity));
     int64_t any = kNone;
-    for (int64_t group = 0; group < groups; ++group) {
-      if (bounds[row * groups + group] > least) continue;
-      const int64_t end = std::min(cols, (group + 1) * kGroup);
-      for (int64_t column = group * kGroup; column < end; ++column) {
-        if (cost(row, column) - potential[column] != least) continue;
+    for (int64_t start = 0; start < groups; start += 64) {
+      for (uint64_t open = below(row, start, limit); open != 0; open &= open - 1) {
+        const int64_t first = (start + __builtin_ctzll(open)) * kGroup;
+        T padding[kGroup];
+        const T* scores = at(row, first, kGroup, padding);
+        uint64_t tied = 0;
+        for (int k = 0; k < vectors; ++k) {
+          Doubles costs;
+          load_cost(scores + k * lanes, sign, potential + first + k * lanes, costs);
+          tied |= static_cast<uint64_t>(equal(costs, wanted)) << (k * lanes);
+        }
+        if (tied == 0) continue;
+        const int64_t column = choose(tied, first, row_of);
         if (row_of[column] == kNone) return column;
         if (any == kNone) any = column;
       }
@@ -313,7 +369,7 @@ struct Scan : Arithmetic<lanes> {
   // Lowers the potentials to cost - minimum, where a group's bound and its highest potential allow
   // that there be one to lower.
   WEIGHTOPS_INLINE void lower_potentials(int64_t row, double minimum, double* highest) {
-    const double* bound = bounds + row * groups;
+    const T* bound = bounds + row * groups;
     for (int64_t start = 0; start < groups; start += lanes) {
       Doubles lowest, high;
       load(bound + start, lowest);
