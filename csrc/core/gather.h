@@ -152,19 +152,22 @@ WEIGHTOPS_AVX2 inline int64_t gather_4_avx2(char* destination, const RowGather& 
 
 // Four rows of 4-byte elements: interleaved in scratch, a column of them is one 128-bit load
 // instead of four gathered words, which halves the time. All columns of the rows are wanted.
+// emit(destination, line) takes each 16 elements.
+template <class Emit>
 WEIGHTOPS_AVX512 inline void gather_interleaved_avx512(char* destination, const RowGather& job,
-                                                       bool stream) {
+                                                       bool stream, const Emit& emit) {
   char* const columns = job.scratch;
   // Rows may lie at any byte, scratch lies on a line.
   const auto quad = [&](int r, int64_t column) WEIGHTOPS_AVX512 {
     return _mm_loadu_ps(reinterpret_cast<const float*>(job.rows[r] + 4 * column));
   };
   const __m512i transpose = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const int ahead_here = stream ? 4 : 2;
   int64_t j = 0;
   for (; j + 4 <= job.columns; j += 4) {
     // Reading ahead here and streaming below keeps the memory busy all the time.
     if (j % 16 == 0)
-      for (int r = 0; r < 4; ++r) __builtin_prefetch(job.ahead[r] + 4 * j, 0, 2);
+      for (int r = 0; r < ahead_here; ++r) __builtin_prefetch(job.ahead[r] + 4 * j, 0, 2);
     __m512 block = _mm512_castps128_ps512(quad(0, j));
     block = _mm512_insertf32x4(block, quad(1, j), 1);
     block = _mm512_insertf32x4(block, quad(2, j), 2);
@@ -192,13 +195,29 @@ WEIGHTOPS_AVX512 inline void gather_interleaved_avx512(char* destination, const 
     const __m512d lines[4] = {_mm512_unpacklo_pd(low01, low23), _mm512_unpackhi_pd(low01, low23),
                               _mm512_unpacklo_pd(high01, high23),
                               _mm512_unpackhi_pd(high01, high23)};
+    for (int r = ahead_here; r < 4; ++r) __builtin_prefetch(job.ahead[r] + 4 * j, 0, 2);
     for (int r = 0; r < 4; ++r)
-      store_line(destination + (r * job.count + j) * 4, _mm512_castpd_si512(lines[r]), stream);
+      emit(destination + (r * job.count + j) * 4, _mm512_castpd_ps(lines[r]));
   }
   for (; j < job.count; ++j)
     for (int r = 0; r < 4; ++r)
       std::memcpy(destination + (r * job.count + j) * 4, columns + 16 * int64_t{index[j]} + 4 * r,
                   4);
+}
+
+WEIGHTOPS_AVX512 inline void add_interleaved_avx512(float* sums, const RowGather& job,
+                                                    float weight) {
+  const __m512 weights = _mm512_set1_ps(weight);
+  gather_interleaved_avx512(
+      reinterpret_cast<char*>(sums), job, false, [&](char* to, __m512 line) WEIGHTOPS_AVX512 {
+        float* sum = reinterpret_cast<float*>(to);
+        _mm512_storeu_ps(sum, _mm512_fmadd_ps(weights, line, _mm512_loadu_ps(sum)));
+      });
+}
+
+inline bool interleaves(const RowGather& job) {
+  return isa() == Isa::avx512 && job.bytes == 4 && job.num_rows == 4 && job.count == job.columns &&
+         job.columns * 16 <= kScratchBytes;
 }
 
 WEIGHTOPS_AVX512 inline void stream_lines_avx512(char* destination, const char* source,
@@ -214,9 +233,11 @@ inline int64_t gather_vector(char* destination, const RowGather& job) {
   const bool lines =
       reinterpret_cast<uintptr_t>(destination) % 64 == 0 && job.count * job.bytes % 64 == 0;
   const bool stream = job.stream && lines;
-  if (isa() == Isa::avx512 && job.bytes == 4 && job.num_rows == 4 && job.count == job.columns &&
-      job.columns * 16 <= kScratchBytes) {
-    gather_interleaved_avx512(destination, job, stream);
+  if (interleaves(job)) {
+    gather_interleaved_avx512(destination, job, stream,
+                              [&](char* to, __m512 line) WEIGHTOPS_AVX512 {
+                                store_line(to, _mm512_castps_si512(line), stream);
+                              });
     return job.count;
   }
   if (isa() == Isa::avx512) switch (job.bytes) {
@@ -241,6 +262,19 @@ inline void gather(char* destination, const RowGather& job) {
 #endif
   for (int r = 0; r < job.num_rows; ++r)
     detail::gather_row(destination + r * job.count * job.bytes, r, job, done);
+}
+
+// sums += weight * what gather would write, without writing it; false where that can't be done
+// here.
+inline bool gather_add([[maybe_unused]] float* sums, [[maybe_unused]] const RowGather& job,
+                       [[maybe_unused]] float weight) {
+#if WEIGHTOPS_X86
+  if (detail::interleaves(job) && job.columns % 16 == 0) {
+    detail::add_interleaved_avx512(sums, job, weight);
+    return true;
+  }
+#endif
+  return false;
 }
 
 // Copies whole lines past the cache; the destination lies on a line.

@@ -3,6 +3,8 @@
 // float16 and bfloat16 are summed in float32 and rounded once.
 #pragma once
 
+#include <type_traits>
+
 #include "permute.h"
 
 namespace weightops {
@@ -96,6 +98,19 @@ WEIGHTOPS_MERGE_LOOPS(avx512, WEIGHTOPS_AVX512)
 
 }  // namespace detail
 
+// sums (+)= weight * the cursor's next `count` elements; what can be is added as it is gathered.
+inline void add_permuted(Cursor& cursor, const Maps& maps, const char* network, char* stage,
+                         int64_t count, float weight, float* sums, bool first) {
+  if (first) std::fill(sums, sums + count, 0.0f);
+  cursor.fill(maps, network, stage, count, [&](char* to, const RowGather& job) {
+    float* own = sums + (to - stage) / sizeof(float);
+    if (gather_add(own, job, weight)) return;
+    gather(to, job);
+    const int64_t elements = job.num_rows * job.count * job.bytes / sizeof(float);
+    WEIGHTOPS_BY_ISA(accumulate, own, reinterpret_cast<const float*>(to), weight, elements);
+  });
+}
+
 template <class T>
 bool is_aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % alignof(T) == 0;
@@ -133,7 +148,14 @@ bool merge_range(const MergeProblem& problem, const typename Accumulator<T>::typ
       const T* values = staged.data();
       if (permuted) {
         Cursor cursor = start;
-        cursor.fill(maps[m], network, reinterpret_cast<char*>(staged.data()), run);
+        char* const stage = reinterpret_cast<char*>(staged.data());
+        if constexpr (std::is_same_v<T, float>) {
+          if (problem.outputs == 1) {
+            add_permuted(cursor, maps[m], network, stage, run, weights[m], sums.data(), m == 0);
+            continue;
+          }
+        }
+        cursor.fill(maps[m], network, stage, run, gather);
       } else if (is_aligned<T>(network)) {
         values = reinterpret_cast<const T*>(network) + begin;
       } else {

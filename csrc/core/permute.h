@@ -223,8 +223,11 @@ class Cursor {
     return limit >= group ? std::min(limit / group * group, tensor.numel - row_ * row_size) : limit;
   }
 
-  // Writes the next `count` output elements, read from the network at `source` through `maps`.
-  void fill(const Maps& maps, const char* source, char* destination, int64_t count) {
+  // Hands out the next `count` output elements, read from the network at `source` through `maps`:
+  // step(destination, job) has to gather each job.
+  template <class Step>
+  void fill(const Maps& maps, const char* source, char* destination, int64_t count,
+            const Step& step) {
     while (count > 0) {
       const TensorPlan& tensor = plan_.tensors[tensor_];
       const int64_t rest =
@@ -233,9 +236,9 @@ class Cursor {
       const char* from = source + tensor.offset * size_;
       // Single elements are streamed by the gather itself where their rows lie on lines.
       if (stream_ && tensor.block > 1)
-        stage_tensor(tensor, maps, from, destination, run);
+        stage_tensor(tensor, maps, from, destination, run, step);
       else
-        fill_tensor(tensor, maps, from, destination, run);
+        fill_tensor(tensor, maps, from, destination, run, step);
       destination += run * size_;
       count -= run;
       if (run == rest) {
@@ -247,25 +250,27 @@ class Cursor {
 
  private:
   // Runs are gathered in the first-level cache and leave in whole lines.
+  template <class Step>
   void stage_tensor(const TensorPlan& tensor, const Maps& maps, const char* source,
-                    char* destination, int64_t count) {
+                    char* destination, int64_t count, const Step& step) {
     const int64_t misaligned = reinterpret_cast<uintptr_t>(destination) % 64;
-    if (misaligned % size_ != 0) return fill_tensor(tensor, maps, source, destination, count);
+    if (misaligned % size_ != 0) return fill_tensor(tensor, maps, source, destination, count, step);
     const int64_t head = std::min(count, (64 - misaligned) % 64 / size_), line = 64 / size_;
-    fill_tensor(tensor, maps, source, destination, head);
+    fill_tensor(tensor, maps, source, destination, head, step);
     destination += head * size_;
     for (count -= head; count >= line;) {
       const int64_t run = std::min(kStageBytes / size_, count / line * line);
-      fill_tensor(tensor, maps, source, scratch_, run);
+      fill_tensor(tensor, maps, source, scratch_, run, step);
       stream_lines(destination, scratch_, run * size_);
       destination += run * size_;
       count -= run;
     }
-    fill_tensor(tensor, maps, source, destination, count);
+    fill_tensor(tensor, maps, source, destination, count, step);
   }
 
+  template <class Step>
   void fill_tensor(const TensorPlan& tensor, const Maps& maps, const char* source,
-                   char* destination, int64_t count) {
+                   char* destination, int64_t count, const Step& step) {
     const int64_t block = tensor.block, columns = tensor.columns, block_bytes = block * size_;
     const int32_t* index = tensor.column_map == kFixed ? &zero_ : maps.at(plan_, tensor.column_map);
     // One permuted axis before the columns is the common case, and rows may be short.
@@ -282,8 +287,9 @@ class Cursor {
       int64_t produced;
       if (within_ > 0 || count < block) {
         produced = std::min(block - within_, count);
-        std::memcpy(destination, row(row_) + index[column_] * block_bytes + within_ * size_,
-                    produced * size_);
+        const char* from = row(row_) + index[column_] * block_bytes + within_ * size_;
+        step(destination,
+             RowGather{{from}, {from}, 1, &zero_, 1, produced * size_, 1, false, scratch_});
         within_ += produced;
         if (within_ == block) {
           within_ = 0;
@@ -297,7 +303,7 @@ class Cursor {
           job.rows[r] = row(row_ + r);
           job.ahead[r] = row(std::min(row_ + rows + r, last_row)) + column_ * block_bytes;
         }
-        gather(destination, job);
+        step(destination, job);
         column_ += run;
         row_ += rows - 1;
         produced = rows * run * block;
@@ -364,7 +370,8 @@ inline bool permute_range(const Plan& plan, Rows<const char> flat, Rows<const in
     }
     const char* source = flat.data + network * flat.stride * element_size;
     cursor.seek(position);
-    cursor.fill(maps, source, out.data + (network * out.stride + position) * element_size, count);
+    cursor.fill(maps, source, out.data + (network * out.stride + position) * element_size, count,
+                gather);
     begin += count;
   }
   if (stream) stream_fence();
