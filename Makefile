@@ -28,6 +28,7 @@ demo: build
 
 test: build
 	$(BIN)/python -m pytest
+	WEIGHTOPS_REQUIRE_NATIVE= WEIGHTOPS_DISABLE_NATIVE=1 $(BIN)/python -m pytest -q tests/test_transforms.py
 
 slow: build
 	$(BIN)/python -m pytest -m slow

@@ -22,9 +22,7 @@ GOALS: dict[str, tuple[float | None, float | None]] = {
     "permute_axes 64x512x512": (1.8, 1.8),
     "permute_axes 8x512x512x3x3": (2.8, 2.2),
     "permute vgg16x1": (1.8, 8.0),
-    "permute vgg16x8": (1.8, 8.0),
     "permute resnet20x1": (3.0, 4.0),
-    "permute resnet20x64": (3.0, 4.0),
     "merge 8x2048x2048x8": (1.6, None),
     **{
         f"assign {family}-64x{n}": (None, 1.0)

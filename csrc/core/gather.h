@@ -150,6 +150,10 @@ WEIGHTOPS_AVX2 inline int64_t gather_4_avx2(char* destination, const RowGather& 
   return j;
 }
 
+// Of the four rows read ahead, this many while the present ones are interleaved and the others
+// while they are gathered, which takes longer: memory is then busy all the time.
+constexpr int kAheadWhileReading = 1;
+
 // Four rows of 4-byte elements: interleaved in scratch, a column of them is one 128-bit load
 // instead of four gathered words, which halves the time. All columns of the rows are wanted.
 // emit(destination, line) takes each 16 elements.
@@ -162,12 +166,10 @@ WEIGHTOPS_AVX512 inline void gather_interleaved_avx512(char* destination, const 
     return _mm_loadu_ps(reinterpret_cast<const float*>(job.rows[r] + 4 * column));
   };
   const __m512i transpose = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const int ahead_here = stream ? 4 : 2;
   int64_t j = 0;
   for (; j + 4 <= job.columns; j += 4) {
-    // Reading ahead here and streaming below keeps the memory busy all the time.
     if (j % 16 == 0)
-      for (int r = 0; r < ahead_here; ++r) __builtin_prefetch(job.ahead[r] + 4 * j, 0, 2);
+      for (int r = 0; r < kAheadWhileReading; ++r) __builtin_prefetch(job.ahead[r] + 4 * j, 0, 2);
     __m512 block = _mm512_castps128_ps512(quad(0, j));
     block = _mm512_insertf32x4(block, quad(1, j), 1);
     block = _mm512_insertf32x4(block, quad(2, j), 2);
@@ -195,7 +197,7 @@ WEIGHTOPS_AVX512 inline void gather_interleaved_avx512(char* destination, const 
     const __m512d lines[4] = {_mm512_unpacklo_pd(low01, low23), _mm512_unpackhi_pd(low01, low23),
                               _mm512_unpacklo_pd(high01, high23),
                               _mm512_unpackhi_pd(high01, high23)};
-    for (int r = ahead_here; r < 4; ++r) __builtin_prefetch(job.ahead[r] + 4 * j, 0, 2);
+    for (int r = kAheadWhileReading; r < 4; ++r) __builtin_prefetch(job.ahead[r] + 4 * j, 0, 2);
     for (int r = 0; r < 4; ++r)
       emit(destination + (r * job.count + j) * 4, _mm512_castpd_ps(lines[r]));
   }
