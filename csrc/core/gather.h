@@ -159,7 +159,7 @@ constexpr int kAheadWhileReading = 1;
 // emit(destination, line) takes each 16 elements.
 template <class Emit>
 WEIGHTOPS_AVX512 inline void gather_interleaved_avx512(char* destination, const RowGather& job,
-                                                       bool stream, const Emit& emit) {
+                                                       const Emit& emit) {
   char* const columns = job.scratch;
   // Rows may lie at any byte, scratch lies on a line.
   const auto quad = [&](int r, int64_t column) WEIGHTOPS_AVX512 {
@@ -211,7 +211,7 @@ WEIGHTOPS_AVX512 inline void add_interleaved_avx512(float* sums, const RowGather
                                                     float weight) {
   const __m512 weights = _mm512_set1_ps(weight);
   gather_interleaved_avx512(
-      reinterpret_cast<char*>(sums), job, false, [&](char* to, __m512 line) WEIGHTOPS_AVX512 {
+      reinterpret_cast<char*>(sums), job, [&](char* to, __m512 line) WEIGHTOPS_AVX512 {
         float* sum = reinterpret_cast<float*>(to);
         _mm512_storeu_ps(sum, _mm512_fmadd_ps(weights, line, _mm512_loadu_ps(sum)));
       });
@@ -236,10 +236,9 @@ inline int64_t gather_vector(char* destination, const RowGather& job) {
       reinterpret_cast<uintptr_t>(destination) % 64 == 0 && job.count * job.bytes % 64 == 0;
   const bool stream = job.stream && lines;
   if (interleaves(job)) {
-    gather_interleaved_avx512(destination, job, stream,
-                              [&](char* to, __m512 line) WEIGHTOPS_AVX512 {
-                                store_line(to, _mm512_castps_si512(line), stream);
-                              });
+    gather_interleaved_avx512(destination, job, [&](char* to, __m512 line) WEIGHTOPS_AVX512 {
+      store_line(to, _mm512_castps_si512(line), stream);
+    });
     return job.count;
   }
   if (isa() == Isa::avx512) switch (job.bytes) {
