@@ -115,6 +115,7 @@ def _rows(name: str, members: dict[str, dict]) -> list[Row]:
         )
     ]
     for variant, what in (
+        ("weightops-streamed-copy", "nothing permuted"),
         ("weightops-warm", "warm, against cold"),
         ("weightops-useless-duals", "useless duals, against cold"),
     ):
