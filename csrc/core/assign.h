@@ -283,7 +283,7 @@ struct Solver : Scan<T, lanes, vectors> {
       gain -= best;
       lead += second - best;
     }
-    return gain + sampled * (total / cols) > 0.15 * lead;
+    return gain + sampled * (total / cols) > 0.1 * lead;
   }
 
   // Potentials far above the scores they are subtracted from have rounded them away.
