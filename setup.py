@@ -92,8 +92,10 @@ class PurePython(build_py):
     def run(self):
         super().run()
         if not self.editable_mode:
-            path = Path(self.build_lib) / "weightops" / "_build.json"
-            path.write_text(json.dumps({"reason": REASON}, indent=2))
+            package = Path(self.build_lib) / "weightops"
+            for library in package.glob("*.so"):  # of an earlier build in this tree
+                library.unlink()
+            (package / "_build.json").write_text(json.dumps({"reason": REASON}, indent=2))
 
 
 REASON = reason_for_pure_python()
