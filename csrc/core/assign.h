@@ -33,13 +33,16 @@ struct Workspace {
   };
   std::vector<Line<double>> lines;
   std::vector<Line<T>> coarse_lines;
+  std::vector<double> own_cost;  // of columns: the cost of the row that holds it
   std::vector<int64_t> row_of, column_of, free_rows, displaced_rows, free_columns, reached_from;
   std::vector<Step> tree;
 };
 
 namespace internal {
 
-inline constexpr int kBiddingPasses = 8;
+// A pass costs its bids whatever it achieves, and the last few rows chase each other round.
+inline constexpr int kBiddingPasses = 16;
+inline constexpr size_t kFewRows = 3;
 inline constexpr int64_t kSampledRows = 16;
 
 template <typename T>
@@ -49,6 +52,7 @@ struct Problem {
   bool maximize, warm;
   int64_t* columns;
   double* potentials;
+  const T* next = nullptr;
 };
 
 inline bool all_finite(const double* values, int64_t count) {
@@ -58,6 +62,8 @@ inline bool all_finite(const double* values, int64_t count) {
 template <typename T, int lanes, int vectors>
 struct Solver : Scan<T, lanes, vectors> {
   using Base = Scan<T, lanes, vectors>;
+  using Base::ahead;
+  using Base::ahead_end;
   using Base::bounds;
   using Base::coarse;
   using Base::cols;
@@ -82,6 +88,9 @@ struct Solver : Scan<T, lanes, vectors> {
     cols = problem.cols;
     stride = problem.stride;
     sign = problem.maximize ? -1 : 1;
+    ahead = reinterpret_cast<const char*>(problem.next);
+    ahead_end = ahead;
+    if (ahead && rows * stride * sizeof(T) >= kFetchAhead) ahead_end += kFetchAhead;
     padded = (cols + kBlock - 1) / kBlock * kBlock;
     groups = padded / kGroup;
     ws.lines.resize((2 * padded + groups) / 8 + 1);
@@ -98,6 +107,12 @@ struct Solver : Scan<T, lanes, vectors> {
     std::fill(coarse + cols, coarse + padded, -std::numeric_limits<T>::infinity());
     std::fill(zero, zero + cols, 0);
     std::fill(zero + cols, zero + padded, -std::numeric_limits<T>::infinity());
+  }
+
+  WEIGHTOPS_INLINE void give(int64_t column, int64_t row) {
+    ws.row_of[column] = row;
+    ws.column_of[row] = column;
+    ws.own_cost[column] = this->cost(row, column);
   }
 
   // The row takes its best column, lowered by the lead over the second best; whoever loses waits.
@@ -117,8 +132,7 @@ struct Solver : Scan<T, lanes, vectors> {
       ws.column_of[holder] = kNone;
       ws.displaced_rows.push_back(holder);
     }
-    ws.row_of[column] = row;
-    ws.column_of[row] = column;
+    give(column, row);
   }
 
   // Every free row bids once. Were displaced rows to bid at once, a Gram matrix of size 1024 would
@@ -129,6 +143,7 @@ struct Solver : Scan<T, lanes, vectors> {
     if (!ws.free_rows.empty()) next = this->lowest_two(ws.free_rows[0]);
     for (size_t k = 0; k < ws.free_rows.size(); ++k) {
       const auto pair = next;
+      this->fetch_ahead();
       if (k + 1 < ws.free_rows.size()) next = this->lowest_two(ws.free_rows[k + 1]);
       place(ws.free_rows[k], this->bid(ws.free_rows[k], pair, ws.row_of));
     }
@@ -140,6 +155,7 @@ struct Solver : Scan<T, lanes, vectors> {
     double limit = kInfinity;
     for (const int64_t column : ws.free_columns) limit = std::min(limit, distance[column]);
     const T key = rounded_up<T>(limit + offset);
+    this->fetch_ahead();
     for (int64_t start = 0; start < groups; start += 64) {
       uint64_t open = this->below(row, start, key);
       for (; open != 0; open &= open - 1) {
@@ -184,7 +200,7 @@ struct Solver : Scan<T, lanes, vectors> {
       reached = next.value;
       const int64_t column = next.index, row = ws.row_of[column];
       if (row == kNone) break;
-      const double offset = this->cost(row, column) - potential[column] - reached;
+      const double offset = ws.own_cost[column] - potential[column] - reached;
       tree.push_back({row, column, offset, reached, potential[column]});
       // At infinite cost relax() leaves a column alone once it is in the tree.
       potential[column] = -kInfinity;
@@ -198,8 +214,7 @@ struct Solver : Scan<T, lanes, vectors> {
     int64_t column = next.index, step = reached < kInfinity ? this->reached_from[column] : 0;
     while (true) {
       const int64_t row = tree[step].row, left = tree[step].column;
-      ws.row_of[column] = row;
-      ws.column_of[row] = column;
+      give(column, row);
       if (step == 0) break;
       column = left;
       step = this->reached_from[column];
@@ -208,6 +223,7 @@ struct Solver : Scan<T, lanes, vectors> {
   }
 
   WEIGHTOPS_INLINE void free_all() {
+    ws.own_cost.resize(cols);
     ws.row_of.assign(cols, kNone);
     ws.column_of.assign(rows, kNone);
     ws.free_rows.clear();
@@ -225,7 +241,7 @@ struct Solver : Scan<T, lanes, vectors> {
     std::fill(highest, highest + (cols + kGroup - 1) / kGroup, kInfinity);
     bool finite = true;
     for (int64_t row = 0; row < rows; ++row) {
-      finite &= this->read(row, std::min(row + 1, rows - 1), zero);
+      finite &= this->read(row, zero);
       this->lower_potentials(row, this->least(bounds + row * groups).value, highest);
     }
     for (int64_t row = 0; row < rows; ++row)
@@ -247,15 +263,20 @@ struct Solver : Scan<T, lanes, vectors> {
     // A row bids while the next is read, which hides how long each step of a bid awaits the last.
     typename Base::Pair pair{}, last;
     for (int64_t row = 0; row < rows; ++row) {
-      finite &= this->read(row, std::min(row + 1, rows - 1), coarse);
+      if (!given || row >= sampled()) finite &= this->read(row, coarse);
       last = pair;
       pair = this->lowest_two(row);
       if (!bids) ws.displaced_rows.push_back(row);
-      if (bids && row > 0) place(row - 1, this->bid(row - 1, last, ws.row_of));
+      if (bids && row > 0) place(row - 1, this->first_bid(row - 1, last, ws.row_of));
     }
-    if (bids && rows > 0) place(rows - 1, this->bid(rows - 1, pair, ws.row_of));
+    if (bids && rows > 0) place(rows - 1, this->first_bid(rows - 1, pair, ws.row_of));
     ws.free_rows.swap(ws.displaced_rows);
     return finite;
+  }
+
+  // Rows that the test of given potentials reads; a warm start finds their bounds in place.
+  WEIGHTOPS_INLINE int64_t sampled() const {
+    return std::min(rows, std::max(kSampledRows, rows / 16));
   }
 
   // Potentials bound the optimum from below: by their sum and that of the row minima they leave. In
@@ -269,21 +290,20 @@ struct Solver : Scan<T, lanes, vectors> {
       total += sign * given[column];
       coarse[column] = rounded_up<T>(sign * given[column]);
     }
-    const int64_t sampled = std::min(rows, std::max(kSampledRows, rows / 16));
-    for (int64_t row = 0; row < sampled; ++row) {
+    bool finite = true;
+    for (int64_t row = 0; row < sampled(); ++row) {
       const T* minima = bounds + row * groups;
-      this->read(row, std::min(row + 1, rows - 1), coarse);
-      gain += this->least(minima).value;
-      this->read(row, std::min(row + 1, rows - 1), zero);
+      this->read(row, zero);
       double best = kInfinity, second = kInfinity;
       for (int64_t k = 0; k < groups; ++k) {
         second = std::min(second, std::max(best, static_cast<double>(minima[k])));
         best = std::min(best, static_cast<double>(minima[k]));
       }
-      gain -= best;
       lead += second - best;
+      finite &= this->read(row, coarse);
+      gain += this->least(minima).value - best;
     }
-    return gain + sampled * (total / cols) > 0.1 * lead;
+    return finite && gain + sampled() * (total / cols) > 0.1 * lead;
   }
 
   // Potentials far above the scores they are subtracted from have rounded them away.
@@ -308,7 +328,8 @@ struct Solver : Scan<T, lanes, vectors> {
       if (!(reduces ? start_reduced()
                     : start_from(start == kWarm ? problem.potentials : nullptr, start != kCareful)))
         return false;
-      for (int pass = 0; pass < kBiddingPasses && start != kCareful; ++pass) bid_once();
+      const int passes = start == kCareful ? 0 : kBiddingPasses;
+      for (int pass = 0; pass < passes && ws.free_rows.size() > kFewRows; ++pass) bid_once();
       ws.free_columns.clear();
       for (int64_t column = 0; column < cols; ++column)
         if (ws.row_of[column] == kNone) ws.free_columns.push_back(column);
@@ -345,12 +366,14 @@ WEIGHTOPS_AVX512 bool solve_avx512(const Problem<T>& problem, Workspace<T>& ws) 
 // [rows]. potentials, [cols], are read if warm (any values do, near ones save time) and written:
 //   score[i][j] - potentials[j] <= score[i][columns[i]] - potentials[columns[i]]   if maximize
 // and >= otherwise, up to rounding; columns left over hold the least of them (>=: the greatest).
+// next: scores of the same shape that this thread solves next, or null.
 template <typename T>
 bool solve(const T* score, int64_t rows, int64_t cols, int64_t stride, bool maximize,
-           int64_t* columns, double* potentials, bool warm, Workspace<T>& ws) {
+           int64_t* columns, double* potentials, bool warm, Workspace<T>& ws,
+           const T* next = nullptr) {
   if (cols == 0) return true;
-  const internal::Problem<T> problem{score,    rows, cols,    stride,
-                                     maximize, warm, columns, potentials};
+  const internal::Problem<T> problem{score, rows,    cols,       stride, maximize,
+                                     warm,  columns, potentials, next};
 #if WEIGHTOPS_X86
   if (isa() == Isa::avx512) return internal::solve_avx512(problem, ws);
   if (isa() == Isa::avx2) return internal::solve_avx2(problem, ws);

@@ -20,6 +20,7 @@ namespace weightops::assign::internal {
 
 inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
 inline constexpr int64_t kNone = -1;
+inline constexpr size_t kReadAhead = 1 << 14, kFetchAhead = 1 << 20;  // bytes
 
 struct Minimum {
   double value;
@@ -60,6 +61,7 @@ struct Scan : Arithmetic<double, lanes> {
   T* zero;                       // in place of potentials
   T* bounds;                     // [rows, groups]
   int64_t* reached_from;         // of columns: the step of the tree that gave the distance
+  const char *ahead, *ahead_end;  // what is left to fetch of the next problem
 
   WEIGHTOPS_INLINE double cost(int64_t row, int64_t column) const {
     return sign * static_cast<double>(score[row * stride + column]);
@@ -79,6 +81,18 @@ struct Scan : Arithmetic<double, lanes> {
     for (int64_t k = 0; k < kGroup; k += 64 / sizeof(T)) __builtin_prefetch(scores + k);
   }
 
+  // The group that is read `kReadAhead` bytes later, of whatever row or problem.
+  WEIGHTOPS_INLINE void fetch_later(const T* scores) const {
+    const auto first = reinterpret_cast<uintptr_t>(scores) + kReadAhead;
+    for (size_t k = 0; k < kGroup * sizeof(T); k += 64)
+      __builtin_prefetch(reinterpret_cast<const void*>(first + k), 0, 2);
+  }
+
+  // Brings more of the next problem to L2: bids and searches leave the memory idle.
+  WEIGHTOPS_INLINE void fetch_ahead() {
+    for (int k = 0; k < 16 && ahead < ahead_end; ++k, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+  }
+
   static WEIGHTOPS_INLINE void load_cost(const T* scores, double sign, const double* from,
                                          Doubles& cost) {
     Doubles subtracted;
@@ -90,8 +104,7 @@ struct Scan : Arithmetic<double, lanes> {
   // A block of a row, whole or the last. A float's difference is off by 2^-24 of itself at most,
   // and from zero it is exact.
   template <bool is_whole>
-  WEIGHTOPS_INLINE void read_block(int64_t row, int64_t next_row, int64_t first, const T* from,
-                                   Scores* infinite) {
+  WEIGHTOPS_INLINE void read_block(int64_t row, int64_t first, const T* from, Scores* infinite) {
     const T plus = static_cast<T>(sign);
     Scores minima[kWide];
 #pragma GCC unroll 16
@@ -101,7 +114,7 @@ struct Scan : Arithmetic<double, lanes> {
       T padding[kGroup];
       if (is_whole || start < cols) {
         const T* scores = is_whole ? score + row * stride + start : at(row, start, kGroup, padding);
-        prefetch(next_row, start);
+        fetch_later(score + row * stride + start);
 #pragma GCC unroll 8
         for (int k = 0; k < kGroup; k += kWide) {
           Scores value, subtracted;
@@ -127,12 +140,11 @@ struct Scan : Arithmetic<double, lanes> {
   }
 
   // Reads a row in full and bounds its groups; false if a score is not finite.
-  WEIGHTOPS_INLINE bool read(int64_t row, int64_t next_row, const T* from) {
+  WEIGHTOPS_INLINE bool read(int64_t row, const T* from) {
     Scores infinite[2] = {};  // 0 times a score: 0, or else NaN
     int64_t first = 0;
-    for (; first + kBlock <= cols; first += kBlock)
-      read_block<true>(row, next_row, first, from, infinite);
-    if (first < cols) read_block<false>(row, next_row, first, from, infinite);
+    for (; first + kBlock <= cols; first += kBlock) read_block<true>(row, first, from, infinite);
+    if (first < cols) read_block<false>(row, first, from, infinite);
     infinite[0] += infinite[1];
     return Wide::equal(infinite[0], Scores{}) == (1u << kWide) - 1;
   }
@@ -245,6 +257,32 @@ struct Scan : Arithmetic<double, lanes> {
     return rounded_down<T>(minimum[0]);
   }
 
+  WEIGHTOPS_INLINE int64_t column_of(int64_t row, int64_t group, const Doubles& cost) const {
+    const int64_t first = group * kGroup;
+    T padding[kGroup];
+    const T* scores = at(row, first, kGroup, padding);
+    uint64_t place = 0;
+    for (int k = 0; k < vectors; ++k) {
+      Doubles costs;
+      load_cost(scores + k * lanes, sign, potential + first + k * lanes, costs);
+      place |= static_cast<uint64_t>(equal(costs, cost)) << (k * lanes);
+    }
+    return first + __builtin_ctzll(place);
+  }
+
+  // A bid right after the row was read: the bounds of other groups are as good as their costs. The
+  // second cost may come out too low, which lowers the column too little: that is harmless.
+  WEIGHTOPS_INLINE Minimum first_bid(int64_t row, const Pair& pair,
+                                     const std::vector<int64_t>& row_of) {
+    Best best;
+    visit(row, pair.first, best);
+    lower_all_two(best.value, best.second);
+    const double other = pair.is_pair ? bounds[row * groups + pair.second] : kInfinity;
+    const double second = std::min(best.second[0], other);
+    if (!(best.value[0] < second)) return bid(row, pair, row_of);
+    return {best.value[0], column_of(row, pair.first, best.value), second};
+  }
+
   // A row's two least reduced costs; of equal columns, a free one if there is one.
   WEIGHTOPS_INLINE Minimum bid(int64_t row, const Pair& pair, const std::vector<int64_t>& row_of) {
     Best best;
@@ -272,16 +310,7 @@ struct Scan : Arithmetic<double, lanes> {
     bound[pair.second] = second_bound;
     bound[pair.first] = first_bound;
     if (!(value[0] < second[0])) return {value[0], any_of_equal(row, value[0], row_of), second[0]};
-    const int64_t first = best.group * kGroup;
-    T padding[kGroup];
-    const T* scores = at(row, first, kGroup, padding);
-    uint64_t place = 0;
-    for (int k = 0; k < vectors; ++k) {
-      Doubles costs;
-      load_cost(scores + k * lanes, sign, potential + first + k * lanes, costs);
-      place |= static_cast<uint64_t>(equal(costs, value)) << (k * lanes);
-    }
-    return {value[0], first + __builtin_ctzll(place), second[0]};
+    return {value[0], column_of(row, best.group, value), second[0]};
   }
 
   WEIGHTOPS_INLINE int64_t any_of_equal(int64_t row, double least,

@@ -19,7 +19,7 @@ bool solve_all(const Tensor& score, bool maximize, bool warm, int64_t* columns, 
     for (int64_t b = begin; b < end; ++b) {
       const T* own = scores + b * rows * cols;
       if (!assign::solve(own, rows, cols, cols, maximize, columns + b * rows, duals + b * cols,
-                         warm, workspace))
+                         warm, workspace, b + 1 < end ? own + rows * cols : nullptr))
         return false;
     }
     return true;
