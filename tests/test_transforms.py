@@ -1,5 +1,6 @@
 """Every op under every transform: eager, compiled, differentiated, batched, exported."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -9,7 +10,9 @@ from torch import Tensor
 import weightops
 from weightops import testing
 from weightops.ops import assign as assign_op
+from weightops.ops import equivariant as equivariant_op
 from weightops.ops import permute as permute_op
+from weightops.ops.equivariant.reference import per_term
 from weightops.ops.permute import reference
 from weightops.ops.permute.plan import plan
 
@@ -25,6 +28,21 @@ FLAT = torch.randn(2, SPEC.numel, generator=GENERATOR, dtype=torch.float64)
 X = torch.randn(2, 3, 4, generator=GENERATOR, dtype=torch.float64)
 AXES = [testing.random_rows(2, 3, GENERATOR), testing.random_rows(2, 4, GENERATOR)]
 WEIGHTS = torch.randn(3, 2, generator=GENERATOR, dtype=torch.float64)
+
+
+# The smallest with a repeated label, a mean, a broadcast and a scalar type.
+PLAN = weightops.EquivariantPlan(
+    weightops.WeightSpec({"w": ("h", "h"), "b": ("h",)}, {"w": (2, 2), "b": (2,)}), terms="local"
+)
+FEATURES = torch.randn(2, PLAN.spec.numel, 2, generator=GENERATOR, dtype=torch.float64)
+THETA = torch.randn(PLAN.num_terms, 2, 1, generator=GENERATOR, dtype=torch.float64)
+BIAS = torch.randn(PLAN.num_biases, 1, generator=GENERATOR, dtype=torch.float64)
+
+
+def layer_of_everything(layer: Callable[..., Tensor], values: Tensor) -> Tensor:
+    """``layer`` of features, per-sample theta and bias that all hang on ``values`` [2, P, 2]."""
+    theta = values.sum(1)[:, None, :, None] * THETA
+    return layer(values, theta, (2 * values[:, : PLAN.num_biases, :1]).cos(), PLAN)
 
 
 class Case(NamedTuple):
@@ -73,6 +91,30 @@ CASES = {
         FLAT,
         "merge",
     ),
+    "equivariant": Case(
+        lambda x: weightops.equivariant_linear(x, THETA, BIAS, PLAN),
+        lambda x: per_term(x, THETA, BIAS, PLAN),
+        FEATURES,
+        "equivariant_linear",
+    ),
+    "equivariant-theta": Case(
+        lambda theta: weightops.equivariant_linear(FEATURES, theta, BIAS, PLAN),
+        lambda theta: per_term(FEATURES, theta, BIAS, PLAN),
+        THETA,
+        "equivariant_linear",
+    ),
+    "equivariant-bias": Case(
+        lambda bias: weightops.equivariant_linear(FEATURES, THETA, bias, PLAN),
+        lambda bias: per_term(FEATURES, THETA, bias, PLAN),
+        BIAS,
+        "equivariant_linear",
+    ),
+    "equivariant-everything": Case(
+        lambda x: layer_of_everything(weightops.equivariant_linear, x),
+        lambda x: layer_of_everything(per_term, x),
+        FEATURES,
+        "equivariant_linear",
+    ),
 }
 # Unlike every other size here: torch takes equal sizes for one symbol.
 BATCHES = (11, 17, 23)
@@ -86,14 +128,20 @@ def test_eager_transform_equals_reference(case: str, name: str) -> None:
     testing.check_transform(name, "eager", *CASES[case][:3])
 
 
-@pytest.mark.parametrize("name", testing.TRANSFORMS)
-@pytest.mark.parametrize("case", CASES)
+# By theta and by bias alone tracing goes the ways that the whole of it goes too.
+BY_ONE = {"equivariant-theta", "equivariant-bias"}
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [(c, n) for c in CASES for n in testing.TRANSFORMS if c not in BY_ONE or n in INDUCTOR],
+)
 def test_traced_transform_equals_reference(case: str, name: str) -> None:
     testing.check_transform(name, "aot_eager", *CASES[case][:3])
 
 
 @pytest.mark.parametrize("name", sorted(INDUCTOR))
-@pytest.mark.parametrize("case", ["permute", "permute_axes", "merge-both"])
+@pytest.mark.parametrize("case", ["permute", "permute_axes", "merge-both", "equivariant"])
 def test_compiled_transform_equals_reference(case: str, name: str) -> None:
     testing.check_transform(name, "inductor", *CASES[case][:3])
 
@@ -132,6 +180,62 @@ def test_dynamic_batch_compiles_once() -> None:
         lambda x: reference.permute_axes(x, torch.cat(axes)[None], [1, 2]),
         [torch.randn(n, 3, 4, dtype=torch.float64) for n in BATCHES],
     )
+
+
+def test_dynamic_batch_of_features_compiles_once() -> None:
+    inputs = [
+        torch.randn(n, PLAN.spec.numel, 2, generator=GENERATOR, dtype=torch.float64)
+        for n in BATCHES
+    ]
+    testing.check_compiled_training(
+        lambda x: weightops.equivariant_linear(x, THETA, BIAS, PLAN),
+        lambda x: per_term(x, THETA, BIAS, PLAN),
+        inputs,
+    )
+
+
+def test_another_plan_of_the_same_size_compiles_anew() -> None:
+    square = {"w": (2, 2), "b": (2,)}
+    apart = weightops.WeightSpec({"w": ("h", "k"), "b": ("k",)}, square)
+    other = weightops.EquivariantPlan(apart, terms=lambda term: term.output == "w")
+    fewer = weightops.EquivariantPlan(PLAN.spec, terms=lambda term: term.output == "b")
+    layer = torch.compile(weightops.equivariant_linear, backend="aot_eager", fullgraph=True)
+    for each in (PLAN, other, fewer):
+        theta = torch.randn(each.num_terms, 2, 1, generator=GENERATOR, dtype=torch.float64)
+        torch.testing.assert_close(
+            layer(FEATURES, theta, None, each), per_term(FEATURES, theta, None, each)
+        )
+
+
+def test_autocast_leaves_float32_alone() -> None:
+    def layer(x: Tensor) -> Tensor:
+        return weightops.equivariant_linear(x, THETA.float(), BIAS.float(), PLAN)
+
+    testing.check_autocast(layer, FEATURES.float())
+    testing.check_autocast(lambda x: weightops.merge(x, WEIGHTS.float(), SPEC), FLAT.float())
+    batched = torch.func.vmap(layer)
+    compiled = torch.compile(batched, backend="aot_eager", fullgraph=True)
+    x = torch.stack([FEATURES, 2 * FEATURES]).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        given = compiled(x)
+    torch.testing.assert_close(given, batched(x))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize(("batch", "groups"), [(0, 1), (1, 1), (4, 1), (4, 2)])
+def test_opcheck_of_equivariant_ops(batch: int, groups: int, requires_grad: bool) -> None:
+    code = equivariant_op.code_of(PLAN)
+
+    def make(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=GENERATOR).requires_grad_(requires_grad)
+
+    x, y = make(batch, PLAN.spec.numel, 2), make(batch, PLAN.spec.numel, 1)
+    theta, bias = make(groups, PLAN.num_terms, 2, 1), make(groups, PLAN.num_biases, 1)
+    testing.check_op(equivariant_op._linear, x, theta, bias, code, False)
+    testing.check_op(equivariant_op._linear, x, theta, None, code)
+    testing.check_op(equivariant_op._linear, y, theta, None, code, True)
+    testing.check_op(equivariant_op._backward, x, theta, y, code, True)
+    testing.check_op(equivariant_op._backward, x, theta, y, code, False)
 
 
 def test_vmap_over_permutations() -> None:

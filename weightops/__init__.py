@@ -3,9 +3,19 @@
 from weightops import _load
 from weightops._version import __version__
 from weightops.ops.assign import assign
+from weightops.ops.equivariant import EquivariantPlan, equivariant_linear
 from weightops.ops.permute import merge, permute, permute_axes
 from weightops.spec import WeightSpec
 
 _load.load()
 
-__all__ = ["WeightSpec", "__version__", "assign", "merge", "permute", "permute_axes"]
+__all__ = [
+    "EquivariantPlan",
+    "WeightSpec",
+    "__version__",
+    "assign",
+    "equivariant_linear",
+    "merge",
+    "permute",
+    "permute_axes",
+]

@@ -55,6 +55,17 @@ def flag(where: str, name: str, value: Any) -> None:
         raise TypeError(f"{where}: {name} must be True or False, not {describe(value)}")
 
 
+def choice(
+    where: str, name: str, value: Any, choices: Sequence[str], or_else: str | None = None
+) -> None:
+    if not isinstance(value, str):
+        expected = " or ".join(filter(None, ["a string", or_else]))
+        raise TypeError(f"{where}: {name} must be {expected}, not {describe(value)}")
+    if value not in choices:
+        expected = ", ".join(map(repr, choices)) + (f" or {or_else}" if or_else else "")
+        raise ValueError(f"{where}: {name} must be one of {expected}, not {value!r}")
+
+
 def index_dtype(where: str, name: str, value: Tensor) -> None:
     if value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{where}: {name} must be int64 or int32, not {value.dtype}")

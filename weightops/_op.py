@@ -36,6 +36,19 @@ def _declare(schema: str, kernel: Callable, fake: Callable) -> tuple[str, Callab
     return name, getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+def _exactly(f: Callable) -> Callable:
+    """``f`` in its arguments' own dtype: within an op autocast would reach the matrix products."""
+
+    def run(*args: Any) -> Any:
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return f(*args)
+        with torch.autocast(device, enabled=False):
+            return f(*args)
+
+    return run
+
+
 def define(
     schema: str,
     *,
@@ -56,16 +69,19 @@ def define(
         check: ``check(*args)`` raises on values the reference would take silently; it stands in for
             the checks that a compiled kernel makes itself.
         backward: ``backward(args, needs, *grads) -> input gradients``; ``needs`` says per argument
-            whether its gradient is wanted. ``None``, with ``jvp``, where nothing is differentiable.
+            whether its gradient is wanted, and of several outputs' ``grads`` some may be ``None``.
+            ``None``, with ``jvp``, where nothing is differentiable.
         jvp: ``jvp(args, *tangents) -> output tangent``; a tangent may be ``None``.
 
     Write ``backward`` and ``jvp`` with front doors, and higher derivatives need nothing more.
     """
 
+    exactly = _exactly(reference)
+
     def kernel(*args: Any) -> Any:
         if check is not None:
             check(*args)
-        return reference(*args)
+        return exactly(*args)
 
     name, raw = _declare(schema, kernel, fake)
 
@@ -77,6 +93,8 @@ def define(
         return raw
 
     def setup_context(ctx: Any, inputs: Sequence, output: Any) -> None:
+        # Of several outputs some may not be used: None instead of zeros saves their share of the work.
+        ctx.set_materialize_grads(not isinstance(output, tuple))
         ctx.tensors = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
         ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
         tensors = [inputs[i] for i in ctx.tensors]
@@ -116,7 +134,7 @@ def define(
 
     def front_door(*args: Any) -> Any:
         if torch.compiler.is_compiling():
-            return reference(*args) if _transforms_active() else raw(*args)
+            return exactly(*args) if _transforms_active() else raw(*args)
         if _transforms_active() or forward_ad._current_level >= 0:
             return transformed.apply(*args)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):

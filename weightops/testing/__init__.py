@@ -25,16 +25,24 @@ from weightops.testing.problems import (
     random_rows,
 )
 from weightops.testing.specs import (
+    WEIGHT_SPACES,
+    cnn_spec,
+    gru_seq2seq_spec,
+    labelled_mlp_spec,
     matrices_spec,
     mlp_spec,
     random_spec,
     resnet20_spec,
+    rnn_spec,
+    tiny_spec,
+    transformer_spec,
     vgg16_spec,
 )
 
 __all__ = [
     "MODES",
     "TRANSFORMS",
+    "WEIGHT_SPACES",
     "Assign",
     "Function",
     "Networks",
@@ -47,11 +55,17 @@ __all__ = [
     "check_gradients",
     "check_op",
     "check_transform",
+    "cnn_spec",
+    "gru_seq2seq_spec",
+    "labelled_mlp_spec",
     "matrices_spec",
     "mlp_spec",
     "pack",
     "random_rows",
     "random_spec",
     "resnet20_spec",
+    "rnn_spec",
+    "tiny_spec",
+    "transformer_spec",
     "vgg16_spec",
 ]

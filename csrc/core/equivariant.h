@@ -1,0 +1,420 @@
+// Equivariant linear layers on weight-space features [P, C], one network at a time: sums of every
+// tensor over its indices (pool), one small matrix product per type on tiles of positions (mix), and
+// one pass over the output that adds what is broadcast (write). Arithmetic: equivariant_tile.h.
+#pragma once
+
+#include <cmath>
+#include <memory>
+
+#include "equivariant_plan.h"
+#include "equivariant_tile.h"
+
+namespace weightops::equivariant {
+
+// A buffer that is neither cleared nor given back between networks.
+template <class T>
+class Buffer {
+ public:
+  T* get(int64_t count) {
+    if (count > size_) {
+      data_.reset(new (std::align_val_t(64)) T[count]);
+      size_ = count;
+    }
+    return data_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(T* data) const { ::operator delete[](data, std::align_val_t(64)); }
+  };
+  std::unique_ptr<T[], Free> data_;
+  int64_t size_ = 0;
+};
+
+// The features of one side of a layer: of one network, and what was summed from them.
+template <class T>
+struct Features {
+  const Side* side;
+  const T* values;
+  int64_t channels;
+  T* sums;  // one row of channels a slot
+};
+
+// A network's share of a layer: blocks are [term, channels read, padded channels written].
+template <class T>
+struct Parameters {
+  const T* blocks;
+  const T* bias;  // [tensor, padded], or null
+};
+
+// What one thread needs for one network after the other.
+template <class T>
+struct Workspace {
+  Buffer<T> sums[2], broadcast, packed, tile, blocks, gradients, bias;
+  Buffer<const T*> rows;
+  Buffer<Factor<T>> factors;
+  Buffer<int64_t> second;
+};
+
+template <class T, int Bytes>
+struct Network {
+  using Arithmetic = Tile<T, Bytes>;
+  using Vector = typename Arithmetic::Vector;
+  using Factor = typename Arithmetic::Factor;
+  using Frame = typename Arithmetic::Frame;
+  static constexpr int lanes = Arithmetic::lanes;
+  static constexpr int64_t kChunkBytes = 65536;  // read once from memory, then a few times from here
+
+  struct View {
+    const T* data;
+    Sizes strides;
+  };
+
+  static WEIGHTOPS_INLINE View view(const Features<T>& from, int64_t number) {
+    const Node& node = from.side->nodes[number];
+    View view{node.parent < 0 ? from.values + from.side->tensors[node.tensor].offset * from.channels
+                              : from.sums + node.slot * from.channels,
+              node.strides};
+    for (int64_t& stride : view.strides) stride *= from.channels;
+    return view;
+  }
+
+  // Sums the node of `from` over dimension `dropped`, rows [begin, end) of its first dimension only.
+  static WEIGHTOPS_INLINE void sum_node(const View& from, const Sizes& sizes, int64_t dropped,
+                                        int64_t begin, int64_t end, int64_t channels, T* to,
+                                        bool accumulate, T scale) {
+    const int64_t rank = sizes.size();
+    // Trailing dimensions that lie side by side are one run of elements.
+    int64_t inner = rank, length = channels;
+    while (inner - 1 > dropped && from.strides[inner - 1] == length) length *= sizes[--inner];
+    const int64_t count = dropped == 0 ? end - begin : sizes[dropped], stride = from.strides[dropped];
+    const T* source = from.data + begin * from.strides[0];
+    // An odometer over the dimensions in front of the run, but for the dropped one.
+    int64_t at[64] = {};
+    int64_t left = 1, sums_a_row = 1;
+    for (int64_t dim = 0; dim < inner; ++dim)
+      if (dim != dropped) {
+        left *= dim == 0 ? end - begin : sizes[dim];
+        if (dim > 0) sums_a_row *= sizes[dim];
+      }
+    if (dropped > 0) to += begin * sums_a_row * length;
+    // Many short sums side by side, as over the taps of a convolution, are one loop.
+    bool side_by_side = length == lanes && count <= 8 && !accumulate && dropped > 0 && dropped == inner - 1;
+    for (int64_t dim = 1; dim <= dropped && side_by_side; ++dim)
+      side_by_side = from.strides[dim - 1] == from.strides[dim] * sizes[dim];
+    if (side_by_side) {
+      for (; left > 0; --left, to += lanes, source += count * stride) {
+        Vector sum = Arithmetic::load(source);
+        for (int64_t d = 1; d < count; ++d) sum += Arithmetic::load(source + d * stride);
+        Arithmetic::store(to, sum * scale);
+      }
+      return;
+    }
+    for (; left > 0; --left, to += length) {
+      Arithmetic::sum_rows(source, stride, count, length, to, accumulate, scale);
+      for (int64_t dim = inner; dim-- > 0;) {
+        if (dim == dropped) continue;
+        source += from.strides[dim];
+        if (dim == 0 || ++at[dim] < sizes[dim]) break;
+        source -= from.strides[dim] * sizes[dim];
+        at[dim] = 0;
+      }
+    }
+  }
+
+  // All nodes of a side that are sums, each tensor read once from memory.
+  static WEIGHTOPS_INLINE void pool(const Features<T>& from, bool mean) {
+    const auto& nodes = from.side->nodes;
+    const auto scale = [&](int64_t size) { return mean ? T(1) / T(size) : T(1); };
+    for (size_t number = 0; number < nodes.size(); ++number) {
+      const Node& node = nodes[number];
+      if (node.children.empty()) continue;
+      if (node.numel == 0) {
+        for (int64_t child : node.children)
+          std::fill_n(from.sums + nodes[child].slot * from.channels, nodes[child].numel * from.channels, T(0));
+        continue;
+      }
+      const View source = view(from, number);
+      const int64_t rows = node.sizes[0], bytes = node.numel * from.channels * sizeof(T);
+      const int64_t step = node.parent >= 0 || bytes <= kChunkBytes || node.sizes.size() == 1
+                               ? rows
+                               : std::max<int64_t>(4, kChunkBytes * rows / bytes);
+      for (int64_t begin = 0; begin < rows; begin += step)
+        for (int64_t child : node.children)
+          sum_node(source, node.sizes, nodes[child].dropped, begin, std::min(rows, begin + step),
+                   from.channels, from.sums + nodes[child].slot * from.channels,
+                   nodes[child].dropped == 0 && begin > 0, scale(node.sizes[nodes[child].dropped]));
+    }
+  }
+
+  static WEIGHTOPS_INLINE int64_t at(const Place& place, const int64_t* outer) {
+    int64_t offset = place.offset;
+    for (size_t dim = 0; dim < place.outer_strides.size(); ++dim) offset += outer[dim] * place.outer_strides[dim];
+    return offset;
+  }
+
+  // A tile: positions [begin, end) of the run at the outer coordinates `at`.
+  struct Span {
+    const int64_t* at;
+    int64_t outer, begin, end, ahead;
+    int64_t size() const { return end - begin; }
+  };
+
+  // A tile's rows of one operand, `depth` channels after the other: as they lie, where they lie like
+  // that, else packed, with zeros behind the last channel.
+  static WEIGHTOPS_INLINE const T* rows_of(const Source& source, const Features<T>& features,
+                                           const Span& span, T* packed) {
+    constexpr int depth = kDepth;
+    const Place& place = source.place;
+    const int64_t channels = features.channels, rows = span.size();
+    const T* from = (source.whole ? features.values : features.sums) + at(place, span.at);
+    const bool even = place.table.empty();
+    if (even && channels == depth && place.stride == depth) {
+      from += span.begin * depth;
+      for (int64_t m = 0; m < rows; ++m) __builtin_prefetch(from + span.ahead * depth + m * depth);
+      return from;
+    }
+    // Where the next tile most often lies, which is too far for the hardware to guess.
+    const bool turned = place.stride > channels && !place.outer_strides.empty();
+    const int64_t ahead = turned ? place.outer_strides.back() : span.ahead * place.stride;
+    const auto pack = [&](const T* row, T* to) __attribute__((always_inline)) {
+      for (int64_t k = 0; k < channels; k += depth, to += kTile * depth) {
+        if (k + depth <= channels) {
+#pragma GCC unroll 16
+          for (int v = 0; v < depth; v += lanes) Arithmetic::store(to + v, Arithmetic::load(row + k + v));
+        } else {
+          for (int v = 0; v < depth; ++v) to[v] = k + v < channels ? row[k + v] : T(0);
+        }
+      }
+    };
+    if (!even) {
+      const int64_t* table = place.table.data() + span.begin;
+      for (int64_t m = 0; m < rows; ++m) pack(from + table[m], packed + m * depth);
+      return packed;
+    }
+    from += span.begin * place.stride;
+    for (int64_t m = 0; m < rows; ++m, from += place.stride) {
+      if (source.whole)
+        for (int64_t k = 0; k < channels; k += depth) __builtin_prefetch(from + ahead + k);
+      pack(from, packed + m * depth);
+    }
+    return packed;
+  }
+
+  // to[m] (+)= a's rows (+ b's rows) at a tile's positions.
+  template <bool first, bool both>
+  static WEIGHTOPS_INLINE void add_rows(const Addend& a, const Addend& b, const T* broadcast,
+                                        const Span& span, T* to) {
+    const T *from_a = broadcast + at(a.place, span.at), *from_b = broadcast + at(b.place, span.at);
+    const T scale_a = a.scale, scale_b = b.scale;
+    const auto add = [&](int64_t m, int64_t i, int64_t j) __attribute__((always_inline)) {
+      Vector sum = Arithmetic::load(from_a + i) * scale_a;
+      if constexpr (both) sum += Arithmetic::load(from_b + j) * scale_b;
+      if constexpr (!first) sum += Arithmetic::load(to + m * lanes);
+      Arithmetic::store(to + m * lanes, sum);
+    };
+    const int64_t count = span.size(), begin = span.begin;
+    if (a.place.table.empty()) {
+      const int64_t i = a.place.stride, j = b.place.stride;
+      for (int64_t m = 0; m < count; ++m) add(m, (begin + m) * i, (begin + m) * j);
+    } else {
+      const int64_t *i = a.place.table.data() + begin, *j = b.place.table.data() + begin;
+      for (int64_t m = 0; m < count; ++m) add(m, i[m], j[m]);
+    }
+  }
+
+  // What a tile's product begins with; sums of several things are put into `start`.
+  static WEIGHTOPS_INLINE void begin_with(const Target& target, int64_t lane, const Span& span,
+                                          const Parameters<T>& parameters, const T* broadcast,
+                                          T* start, Frame& frame) {
+    Vector common = {};
+    if (target.bias >= 0 && parameters.bias) common = Arithmetic::load(parameters.bias + target.bias + lane);
+    const Addend* moving[64];
+    int64_t count = 0;
+    for (const Addend& addend : target.addends) {
+      if (addend.place.moves())
+        moving[count++] = &addend;
+      else
+        common += Arithmetic::load(broadcast + at(addend.place, span.at) + lane) * T(addend.scale);
+    }
+    frame.scale = 1;
+    frame.common = common;
+    const bool crossed = !target.diagonal_begin.empty() &&
+                         target.diagonal_begin[span.outer] < target.diagonal_begin[span.outer + 1];
+    if (!crossed && count == 0) {
+      frame.rows = start;
+      frame.rows_stride = 0;
+      frame.scale = 0;
+      Arithmetic::store(start, Vector{});
+      return;
+    }
+    if (!crossed && count == 1 && moving[0]->place.table.empty()) {
+      const Place& place = moving[0]->place;
+      frame.rows = broadcast + at(place, span.at) + lane + span.begin * place.stride;
+      frame.rows_stride = place.stride;
+      frame.scale = moving[0]->scale;
+      return;
+    }
+    if (count == 0)
+      for (int64_t m = 0; m < span.size(); ++m) Arithmetic::store(start + m * lanes, Vector{});
+    broadcast += lane;
+    for (int64_t a = 0; a < count; a += 2) {
+      const Addend &one = *moving[a], &two = *moving[std::min(a + 1, count - 1)];
+      if (a == 0)
+        count > 1 ? add_rows<true, true>(one, two, broadcast, span, start)
+                  : add_rows<true, false>(one, two, broadcast, span, start);
+      else
+        a + 1 < count ? add_rows<false, true>(one, two, broadcast, span, start)
+                      : add_rows<false, false>(one, two, broadcast, span, start);
+    }
+    if (crossed)
+      for (int64_t d = target.diagonal_begin[span.outer]; d < target.diagonal_begin[span.outer + 1]; ++d) {
+        const OnDiagonal& each = target.diagonal[d];
+        if (each.at < span.begin || each.at >= span.end) continue;
+        T* to = start + (each.at - span.begin) * lanes;
+        Arithmetic::store(to, Arithmetic::load(to) + Arithmetic::load(broadcast + each.offset));
+      }
+    frame.rows = start;
+    frame.rows_stride = lanes;
+  }
+
+  // Where the rows of a tile go that can't be stored as whole, evenly spaced vectors.
+  static WEIGHTOPS_INLINE void scatter(const Target& target, int64_t lane, const Span& span,
+                                       const T* result, T* to) {
+    const int64_t width = std::min<int64_t>(lanes, target.width - lane);
+    for (int64_t m = 0; m < span.size(); ++m, result += lanes) {
+      T* row = to + target.place.along(span.begin + m);
+      if (width == lanes)
+        Arithmetic::store(row, Arithmetic::load(result));
+      else
+        for (int64_t k = 0; k < width; ++k) row[k] = result[k];
+    }
+  }
+
+  // The gradient of a layer's parameters: `other` is what the layer reads, where its transpose runs.
+  struct Outer {
+    const Features<T>* other;
+    T* gradient;  // [term, channels of other, padded channels of from]
+  };
+
+  // What all tiles of one network share.
+  struct Job {
+    const Program& program;
+    const Features<T>& from;
+    const Parameters<T>& parameters;
+    T* out;  // may be null
+    bool stream;
+    Workspace<T>& workspace;
+    const Outer* outer;  // may be null
+  };
+
+  static WEIGHTOPS_INLINE void run_tile(const Job& job, const Step& step, const Span& span) {
+    constexpr int depth = kDepth;
+    const Program& program = job.program;
+    const int64_t own = job.from.channels, own_rows = (own + depth - 1) / depth * depth * kTile;
+    T* packed = job.workspace.packed.get(0);
+    T* other_packed = packed + program.max_readers * own_rows;
+    const T** rows = job.workspace.rows.get(0);
+    Factor* factors = job.workspace.factors.get(0);
+    int64_t* second = job.workspace.second.get(0);
+    for (size_t r = 0; r < step.readers.size(); ++r)
+      rows[r] = rows_of(step.readers[r], job.from, span, packed + r * own_rows);
+    if (job.out) {
+      T* broadcast = job.workspace.broadcast.get(0);
+      T* buffers = job.workspace.tile.get(0);
+      for (size_t c = 0; c < step.columns.size();) {
+        const Column* columns = &step.columns[c];
+        const bool two = c + 1 < step.columns.size() && columns[1].readers == columns[0].readers;
+        const int64_t width = two ? 2 : 1;
+        int64_t count = 0;
+        for (size_t f = 0; f < columns->readers.size(); ++f)
+          for (int64_t k = 0; k < own; k += depth) {
+            factors[count] = {rows[columns->readers[f]] + k * kTile,
+                              job.parameters.blocks + columns->blocks[f] + k * program.padded,
+                              std::min<int64_t>(depth, own - k)};
+            second[count++] = two ? columns[1].blocks[f] - columns[0].blocks[f] : 0;
+          }
+        Frame frames[2];
+        bool direct[2] = {true, true}, streams = job.stream;
+        T* to[2];
+        for (int64_t v = 0; v < width; ++v) {
+          const Target& target = step.targets[columns[v].target];
+          const int64_t lane = columns[v].lane;
+          begin_with(target, lane, span, job.parameters, broadcast, buffers + v * kTile * lanes, frames[v]);
+          to[v] = (target.whole ? job.out : broadcast) + at(target.place, span.at) + lane;
+          direct[v] = target.place.table.empty() && target.width - lane >= lanes;
+          T* even = to[v] + span.begin * target.place.stride;
+          frames[v].out = direct[v] ? even : buffers + (2 + v) * kTile * lanes;
+          frames[v].out_stride = direct[v] ? target.place.stride : lanes;
+          streams = streams && direct[v] && target.whole && target.width % lanes == 0 &&
+                    reinterpret_cast<uintptr_t>(even) % Bytes == 0;
+        }
+        const auto multiply = [&](auto w, auto s) __attribute__((always_inline)) {
+          Arithmetic::template multiply_rows<decltype(w)::value, decltype(s)::value>(
+              span.size(), factors, count, second, program.padded, frames);
+        };
+        using One = std::integral_constant<int, 1>;
+        using Two = std::integral_constant<int, 2>;
+        if (two)
+          streams ? multiply(Two(), std::true_type()) : multiply(Two(), std::false_type());
+        else
+          streams ? multiply(One(), std::true_type()) : multiply(One(), std::false_type());
+        for (int64_t v = 0; v < width; ++v)
+          if (!direct[v])
+            scatter(step.targets[columns[v].target], columns[v].lane, span, frames[v].out, to[v]);
+        c += width;
+      }
+    }
+    if (job.outer == nullptr) return;
+    const int64_t other = job.outer->other->channels, other_rows = (other + depth - 1) / depth * depth * kTile;
+    const int64_t ld = Arithmetic::padded(own), count = step.others.size();
+    for (int64_t o = 0; o < count; ++o) {
+      const T* left = rows_of(step.others[o], *job.outer->other, span, other_packed + o * other_rows);
+      for (size_t r = 0; r < step.readers.size(); ++r)
+        if (const int64_t t = step.terms[r * count + o]; t >= 0)
+          for (int64_t i = 0; i < other; i += depth)
+            for (int64_t k = 0; k < own; k += depth)
+              Arithmetic::outer(left + i * kTile, std::min<int64_t>(depth, other - i), rows[r] + k * kTile,
+                                std::min<int64_t>(depth, ld - k), span.size(),
+                                job.outer->gradient + (t * other + i) * ld + k, ld);
+    }
+  }
+
+  static WEIGHTOPS_INLINE void run_step(const Job& job, const Step& step) {
+    const int64_t rank = step.outer_sizes.size();
+    // Tiles below each other share the pages and lines of operands that lie the other way round.
+    const int64_t band = step.turns ? 8 : 1;
+    int64_t coordinates[64];
+    for (int64_t first = 0; first < step.outer; first += band)
+      for (int64_t begin = 0; begin < step.run; begin += step.tile)
+        for (int64_t outer = first; outer < std::min(step.outer, first + band); ++outer) {
+          int64_t rest = outer;
+          for (int64_t dim = rank; dim-- > 0;) {
+            coordinates[dim] = rest % step.outer_sizes[dim];
+            rest /= step.outer_sizes[dim];
+          }
+          run_tile(job, step, {coordinates, outer, begin, std::min(begin + step.tile, step.run), step.turns ? step.run : step.tile});
+        }
+  }
+
+  // Room for any step of the program.
+  static WEIGHTOPS_INLINE void reserve(const Program& program, Workspace<T>& workspace) {
+    const auto rows = [](int64_t channels) { return (channels + kDepth - 1) / kDepth * kDepth * kTile; };
+    workspace.packed.get(program.max_readers * rows(program.channels_read) +
+                         program.max_targets * rows(program.channels_written));
+    workspace.tile.get(4 * kTile * lanes);
+    workspace.broadcast.get(program.plan->sides[1 - program.reads].write_slots * program.padded);
+    workspace.rows.get(program.max_readers);
+    const int64_t factors = program.max_readers * (rows(program.channels_read) / kDepth / kTile);
+    workspace.factors.get(factors);
+    workspace.second.get(factors);
+  }
+
+  // out = layer(from), and outer besides.
+  static WEIGHTOPS_INLINE void run(const Job& job) {
+    reserve(job.program, job.workspace);
+    for (const Step& step : job.program.steps) run_step(job, step);
+  }
+};
+
+}  // namespace weightops::equivariant

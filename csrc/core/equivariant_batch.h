@@ -1,0 +1,187 @@
+// Equivariant layers on batches of networks, and their gradients: what one thread does of them.
+#pragma once
+
+#include "equivariant.h"
+
+namespace weightops::equivariant {
+
+// x [batch, P, channels[0]], theta [groups, T, channels[0], channels[1]], bias [groups, tensors,
+// channels[1]]; sample b belongs to group b / (batch / groups).
+template <class T>
+struct Problem {
+  const Plan& plan;
+  int64_t batch, groups, channels[2];
+  const T* theta;
+  int64_t theta_size() const { return plan.terms * channels[0] * channels[1]; }
+  int64_t samples_a_group() const { return batch / groups; }
+};
+
+// Networks one after the other, `stride` elements apart.
+template <class T>
+struct Batch {
+  T* data;
+  int64_t stride;
+};
+
+// The sums of a group's gradients are taken over fixed runs of samples, whatever the threads, so that
+// results do not depend on them.
+struct Runs {
+  int64_t groups, samples, runs_a_group;
+  Runs(int64_t batch, int64_t num_groups, int64_t gradient_bytes) : groups(num_groups) {
+    samples = batch / groups;
+    const int64_t wanted = std::max<int64_t>(1, 16 / groups);
+    const int64_t affordable = std::max<int64_t>(1, (int64_t{64} << 20) / std::max<int64_t>(1, gradient_bytes));
+    runs_a_group = std::max<int64_t>(1, std::min({samples, wanted, std::max<int64_t>(2, affordable)}));
+  }
+  int64_t count() const { return groups * runs_a_group; }
+  int64_t begin(int64_t run) const {
+    return run / runs_a_group * samples + samples * (run % runs_a_group) / runs_a_group;
+  }
+  int64_t end(int64_t run) const {
+    return run / runs_a_group * samples + samples * (run % runs_a_group + 1) / runs_a_group;
+  }
+};
+
+template <class T>
+struct ForwardTask {
+  const Problem<T>& problem;
+  Batch<const T> x;
+  const T* bias;  // may be null
+  Batch<T> out;
+  const Program& program;
+  bool stream;
+};
+
+template <class T>
+struct BackwardTask {
+  const Problem<T>& problem;
+  Batch<const T> x, grad;
+  Batch<T> to_x;  // data may be null
+  T *to_theta, *to_bias;  // [runs, T, channels[0], padded], [runs, tensors, channels[1]]
+  const Runs& runs;
+  const Program& program;
+  bool stream;
+};
+
+template <class T, int Bytes>
+struct Batches {
+  using Single = Network<T, Bytes>;
+  static WEIGHTOPS_INLINE int64_t padded(int64_t channels) { return Single::Arithmetic::padded(channels); }
+
+  // Blocks [term, channels read, padded channels written] of one group's theta.
+  static WEIGHTOPS_INLINE const T* blocks_of(const Problem<T>& problem, int64_t group, int reads,
+                                             Buffer<T>& buffer) {
+    const T* theta = problem.theta + group * problem.theta_size();
+    const int64_t in = problem.channels[0], out = problem.channels[1];
+    const int64_t rows = problem.channels[reads], columns = problem.channels[1 - reads];
+    const int64_t width = padded(columns);
+    if (reads == 0 && width == columns) return theta;
+    T* blocks = buffer.get(problem.plan.terms * rows * width);
+    for (int64_t t = 0; t < problem.plan.terms; ++t) {
+      const T* from = theta + t * in * out;
+      T* to = blocks + t * rows * width;
+      for (int64_t r = 0; r < rows; ++r, to += width) {
+        for (int64_t c = 0; c < columns; ++c) to[c] = reads == 0 ? from[r * out + c] : from[c * out + r];
+        std::fill(to + columns, to + width, T(0));
+      }
+    }
+    return blocks;
+  }
+
+  static WEIGHTOPS_INLINE void forward(const ForwardTask<T>& task, int64_t begin, int64_t end,
+                                       Workspace<T>& workspace) {
+    const Problem<T>& problem = task.problem;
+    const Program& program = task.program;
+    const Side &from = problem.plan.sides[program.reads], &to = problem.plan.sides[1 - program.reads];
+    const int64_t width = program.padded, written = program.channels_written;
+    const int64_t bias_size = task.bias ? to.tensors.size() * width : 0;
+    T* bias = workspace.bias.get(bias_size);
+    Parameters<T> parameters{nullptr, task.bias ? bias : nullptr};
+    for (int64_t b = begin, group = -1; b < end; ++b) {
+      if (b / problem.samples_a_group() != group) {
+        group = b / problem.samples_a_group();
+        parameters.blocks = blocks_of(problem, group, program.reads, workspace.blocks);
+        const T* source = task.bias ? task.bias + group * int64_t(to.tensors.size()) * written : nullptr;
+        for (int64_t i = 0; i < bias_size; ++i)
+          bias[i] = i % width < written ? source[i / width * written + i % width] : T(0);
+      }
+      const Features<T> features{&from, task.x.data + b * task.x.stride, program.channels_read,
+                                 workspace.sums[0].get(from.slots * program.channels_read)};
+      Single::pool(features, program.mean);
+      Single::run({program, features, parameters, task.out.data + b * task.out.stride, task.stream,
+                   workspace, nullptr});
+    }
+  }
+
+  static WEIGHTOPS_INLINE void backward(const BackwardTask<T>& task, int64_t begin, int64_t end,
+                                        Workspace<T>& workspace) {
+    const Problem<T>& problem = task.problem;
+    const auto& sides = problem.plan.sides;
+    const int64_t in = problem.channels[0], out = problem.channels[1];
+    const int64_t tensors = sides[1].tensors.size();
+    const int64_t theta_size = problem.plan.terms * in * padded(out), bias_size = tensors * out;
+    Parameters<T> parameters{nullptr, nullptr};
+    for (int64_t run = begin; run < end; ++run) {
+      if (task.to_x.data)
+        parameters.blocks = blocks_of(problem, run / task.runs.runs_a_group, 1, workspace.blocks);
+      T *to_theta = task.to_theta + run * theta_size, *to_bias = task.to_bias + run * bias_size;
+      std::fill(to_theta, to_theta + theta_size, T(0));
+      std::fill(to_bias, to_bias + bias_size, T(0));
+      for (int64_t b = task.runs.begin(run); b < task.runs.end(run); ++b) {
+        const Features<T> x{&sides[0], task.x.data + b * task.x.stride, in,
+                            workspace.sums[0].get(sides[0].slots * in)};
+        const Features<T> grad{&sides[1], task.grad.data + b * task.grad.stride, out,
+                               workspace.sums[1].get(sides[1].slots * out)};
+        Single::pool(x, problem.plan.mean);
+        Single::pool(grad, false);
+        const typename Single::Outer outer{&x, to_theta};
+        T* to_x = task.to_x.data ? task.to_x.data + b * task.to_x.stride : nullptr;
+        Single::run({task.program, grad, parameters, to_x, task.stream, workspace, &outer});
+        for (int64_t t = 0; t < tensors; ++t) {
+          const T* sum = Single::view(grad, sides[1].tensors[t].mean).data;
+          for (int64_t c = 0; c < out; ++c) to_bias[t * out + c] += sum[c];
+        }
+      }
+    }
+  }
+};
+
+#define WEIGHTOPS_EQUIVARIANT_ENTRY(suffix, attribute, bytes)                                  \
+  template <class T>                                                                           \
+  attribute void forward_##suffix(const ForwardTask<T>& task, int64_t begin, int64_t end,      \
+                                  Workspace<T>& workspace) {                                   \
+    Batches<T, bytes>::forward(task, begin, end, workspace);                                   \
+  }                                                                                            \
+  template <class T>                                                                           \
+  attribute void backward_##suffix(const BackwardTask<T>& task, int64_t begin, int64_t end,    \
+                                   Workspace<T>& workspace) {                                  \
+    Batches<T, bytes>::backward(task, begin, end, workspace);                                  \
+  }
+WEIGHTOPS_EQUIVARIANT_ENTRY(generic, , 16)
+#if WEIGHTOPS_X86
+WEIGHTOPS_EQUIVARIANT_ENTRY(avx2, WEIGHTOPS_AVX2, 32)
+WEIGHTOPS_EQUIVARIANT_ENTRY(avx512, WEIGHTOPS_AVX512, 64)
+#endif
+#undef WEIGHTOPS_EQUIVARIANT_ENTRY
+
+inline int vector_bytes() { return isa() == Isa::avx512 ? 64 : isa() == Isa::avx2 ? 32 : 16; }
+
+template <class T>
+void forward(const ForwardTask<T>& task, int64_t begin, int64_t end, Workspace<T>& workspace) {
+#if WEIGHTOPS_X86
+  if (isa() == Isa::avx512) return forward_avx512(task, begin, end, workspace);
+  if (isa() == Isa::avx2) return forward_avx2(task, begin, end, workspace);
+#endif
+  forward_generic(task, begin, end, workspace);
+}
+
+template <class T>
+void backward(const BackwardTask<T>& task, int64_t begin, int64_t end, Workspace<T>& workspace) {
+#if WEIGHTOPS_X86
+  if (isa() == Isa::avx512) return backward_avx512(task, begin, end, workspace);
+  if (isa() == Isa::avx2) return backward_avx2(task, begin, end, workspace);
+#endif
+  backward_generic(task, begin, end, workspace);
+}
+
+}  // namespace weightops::equivariant

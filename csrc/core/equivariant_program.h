@@ -1,0 +1,225 @@
+// A plan prepared for a pair of channel counts: where every operand of every type lies, as offsets that
+// are the same for all networks.
+#pragma once
+
+#include "equivariant_plan.h"
+
+namespace weightops::equivariant {
+
+constexpr int64_t kDepth = 16;    // channels that a tile's product takes at a time
+constexpr int64_t kTile = 192;    // positions of a tile at most
+constexpr int64_t kShortRun = 24;  // runs below this are joined with the next dimension
+
+inline Sizes dense_strides(const Sizes& sizes) {
+  Sizes strides(sizes.size(), 1);
+  for (size_t dim = sizes.size(); dim-- > 1;) strides[dim - 1] = strides[dim] * sizes[dim];
+  return strides;
+}
+
+// Elements of something that a type's positions share: position (outer, i) of the run begins at
+// offset + outer's coordinates * outer_strides + (table empty ? i * stride : table[i]).
+struct Place {
+  int64_t offset = 0;
+  Sizes outer_strides;
+  int64_t stride = 0;
+  std::vector<int64_t> table;
+  bool moves() const { return stride != 0 || !table.empty(); }
+  int64_t along(int64_t i) const { return table.empty() ? i * stride : table[i]; }
+};
+
+struct Source {
+  bool whole;  // in the features themselves, not among what was summed from them
+  Place place;
+};
+
+struct Addend {
+  Place place;
+  double scale;
+};
+
+// A diagonal's vector that is added at position `at` of a run.
+struct OnDiagonal {
+  int64_t at, offset;
+};
+
+struct Target {
+  bool whole;
+  Place place;
+  int64_t width;  // elements a position
+  int64_t bias;   // offset, or -1
+  std::vector<Addend> addends;
+  std::vector<OnDiagonal> diagonal;
+  std::vector<int64_t> diagonal_begin;  // [outer + 1], empty without diagonals
+};
+
+// One vector of a target's channels: what is read for it, and where the blocks begin.
+struct Column {
+  int64_t target, lane;
+  std::vector<int64_t> readers, blocks;
+};
+
+// One type.
+struct Step {
+  Sizes outer_sizes;
+  int64_t outer = 1, run = 1, tile = 1;
+  bool turns = false;  // an operand lies the other way round
+  std::vector<Source> readers, others;  // others: what the targets stand for, to be read
+  std::vector<Target> targets;
+  std::vector<Column> columns;
+  std::vector<int64_t> terms;  // [reader][target] -> term, or -1
+};
+
+struct Program {
+  const Plan* plan;
+  int reads;                         // which side
+  int64_t channels_read, channels_written, padded;
+  std::vector<Step> steps;
+  size_t max_readers = 0, max_targets = 0;
+  bool mean, share;  // divide by sizes when reading, when broadcasting
+
+  Program(const Plan& plan, int reads, int64_t channels_read, int64_t channels_written, int64_t lanes);
+};
+
+namespace detail {
+
+// Where a run of several dimensions is not even, or `tabled` is wanted anyway, it has a table.
+inline Place place(const Sizes& sizes, size_t outer_rank, int64_t offset, const Sizes& strides,
+                   bool tabled = false) {
+  Place place{offset, Sizes(strides.begin(), strides.begin() + outer_rank), 0, {}};
+  const size_t rank = sizes.size();
+  if (rank == outer_rank) return place;
+  place.stride = strides[rank - 1];
+  bool even = true, still = place.stride == 0;
+  for (size_t dim = outer_rank + 1; dim < rank; ++dim) {
+    even &= strides[dim - 1] == strides[dim] * sizes[dim];
+    still &= strides[dim - 1] == 0;
+  }
+  if (still || (even && (!tabled || rank - outer_rank < 2))) return place;
+  place.table.push_back(0);
+  for (size_t dim = outer_rank; dim < rank; ++dim) {
+    std::vector<int64_t> longer;
+    for (int64_t before : place.table)
+      for (int64_t i = 0; i < sizes[dim]; ++i) longer.push_back(before + i * strides[dim]);
+    place.table = std::move(longer);
+  }
+  return place;
+}
+
+inline Sizes turned(const Sizes& strides, const Sizes& dims, int64_t scale) {
+  Sizes result;
+  for (int64_t dim : dims) result.push_back(strides[dim] * scale);
+  return result;
+}
+
+inline Source source(const Side& side, const Operand& operand, const Sizes& sizes, size_t outer_rank,
+                     int64_t channels) {
+  const Node& node = side.nodes[operand.node];
+  const bool whole = node.parent < 0;
+  const int64_t offset = whole ? side.tensors[node.tensor].offset : node.slot;
+  return {whole, place(sizes, outer_rank, offset * channels, turned(node.strides, operand.dims, channels))};
+}
+
+// Positions of a type at which all coordinates that share a dimension of `diagonal` agree.
+inline void add_diagonal(Target& target, const Step& step, const Sizes& sizes, const Node& node,
+                         const Node& diagonal, const Sizes& dims, int64_t padded) {
+  const Sizes strides = dense_strides(diagonal.sizes);
+  Sizes shared;  // the diagonal's dimension of each dimension of the type
+  for (int64_t dim : dims) {
+    size_t axis = 0;
+    while (node.dim_of_axis[axis] != dim) ++axis;
+    shared.push_back(diagonal.dim_of_axis[axis]);
+  }
+  std::vector<std::vector<OnDiagonal>> found(step.outer);
+  if (!target.diagonal_begin.empty())
+    for (int64_t o = 0; o < step.outer; ++o)
+      found[o].assign(target.diagonal.begin() + target.diagonal_begin[o],
+                      target.diagonal.begin() + target.diagonal_begin[o + 1]);
+  const Sizes type_strides = dense_strides(sizes);
+  for (int64_t d = 0; d < diagonal.numel; ++d) {
+    int64_t position = 0;
+    for (size_t dim = 0; dim < sizes.size(); ++dim)
+      position += d / strides[shared[dim]] % diagonal.sizes[shared[dim]] * type_strides[dim];
+    found[position / step.run].push_back(
+        {position % step.run, (diagonal.write_slot + d) * padded});
+  }
+  target.diagonal.clear();
+  target.diagonal_begin.assign(1, 0);
+  for (const auto& each : found) {
+    target.diagonal.insert(target.diagonal.end(), each.begin(), each.end());
+    target.diagonal_begin.push_back(target.diagonal.size());
+  }
+}
+
+inline Target target(const Side& side, const Operand& operand, const Step& step, const Sizes& sizes,
+                     int64_t channels, int64_t padded, bool share) {
+  const size_t outer_rank = step.outer_sizes.size();
+  const Node& node = side.nodes[operand.node];
+  Target target{node.whole, {}, node.whole ? channels : padded, node.whole ? node.tensor * padded : -1, {}, {}, {}};
+  const int64_t offset = node.whole ? side.tensors[node.tensor].offset : node.write_slot;
+  const Sizes strides = node.whole ? node.strides : dense_strides(node.sizes);
+  target.place = place(sizes, outer_rank, offset * target.width, turned(strides, operand.dims, target.width));
+  for (int64_t number : node.children) {
+    const Node& child = side.nodes[number];
+    Sizes spread = child.strides;
+    spread.insert(spread.begin() + child.dropped, 0);
+    target.addends.push_back(
+        {place(sizes, outer_rank, child.write_slot * padded, turned(spread, operand.dims, padded), true),
+         share ? 1.0 / node.sizes[child.dropped] : 1.0});
+  }
+  for (int64_t number : node.diagonals)
+    add_diagonal(target, step, sizes, node, side.nodes[number], operand.dims, padded);
+  return target;
+}
+
+}  // namespace detail
+
+inline Program::Program(const Plan& plan, int reads, int64_t channels_read, int64_t channels_written,
+                        int64_t lanes)
+    : plan(&plan),
+      reads(reads),
+      channels_read(channels_read),
+      channels_written(channels_written),
+      padded((channels_written + lanes - 1) / lanes * lanes),
+      mean(plan.mean && reads == 0),
+      share(plan.mean && reads == 1) {
+  const Side &from = plan.sides[reads], &to = plan.sides[1 - reads];
+  for (const Type& type : plan.types[reads]) {
+    if (type.writers.empty() || product(type.sizes) == 0) continue;
+    Step step;
+    size_t outer_rank = type.sizes.size();
+    while (outer_rank > 0 && step.run < kShortRun) step.run *= type.sizes[--outer_rank];
+    step.outer_sizes.assign(type.sizes.begin(), type.sizes.begin() + outer_rank);
+    step.outer = product(step.outer_sizes);
+    step.terms = type.table;
+    // What a tile reads stays in the first-level cache; tiles are of a length, a multiple of 12 rows.
+    const int64_t a_row = type.readers.size() * ((channels_read + kDepth - 1) / kDepth) * kDepth * 4;
+    const int64_t most = std::clamp<int64_t>(16384 / std::max<int64_t>(1, a_row), 48, kTile);
+    const int64_t tiles = (step.run + most - 1) / most;
+    step.tile = std::min(most, ((step.run + tiles - 1) / tiles + 11) / 12 * 12);
+    for (const Operand& operand : type.readers)
+      step.readers.push_back(detail::source(from, operand, type.sizes, outer_rank, channels_read));
+    for (const Operand& operand : type.writers) {
+      step.others.push_back(detail::source(to, operand, type.sizes, outer_rank, channels_written));
+      step.targets.push_back(
+          detail::target(to, operand, step, type.sizes, channels_written, padded, share));
+    }
+    for (size_t w = 0; w < type.writers.size(); ++w)
+      for (int64_t lane = 0; lane < padded; lane += lanes) {
+        Column column{int64_t(w), lane, {}, {}};
+        for (size_t r = 0; r < type.readers.size(); ++r)
+          if (const int64_t term = type.term(r, w); term >= 0) {
+            column.readers.push_back(r);
+            column.blocks.push_back(term * channels_read * padded + lane);
+          }
+        step.columns.push_back(std::move(column));
+      }
+    for (const Source& each : step.readers) step.turns |= each.whole && each.place.stride != channels_read;
+    for (const Target& each : step.targets) step.turns |= each.whole && each.place.stride != channels_written;
+    step.turns &= outer_rank > 0;
+    max_readers = std::max(max_readers, step.readers.size());
+    max_targets = std::max(max_targets, step.targets.size());
+    steps.push_back(std::move(step));
+  }
+}
+
+}  // namespace weightops::equivariant

@@ -1,0 +1,218 @@
+// The arithmetic of equivariant layers on vectors of channels: sums of rows, and small matrix
+// products whose accumulators stay in registers. One source for every instruction set.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "equivariant_program.h"
+#include "isa.h"
+
+#define WEIGHTOPS_INLINE inline __attribute__((always_inline))
+
+// How a vector goes by value depends on the instruction set, but here nothing is called.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+namespace weightops::equivariant {
+
+// One factor of a tile's product: rows of up to kDepth channels times a block of as many rows. Rows are
+// kDepth apart, which lets the compiler address all of a tile from one register.
+template <class T>
+struct Factor {
+  const T* rows;
+  const T* block;
+  int64_t channels;
+};
+
+// `Bytes` is the width of a vector. All is always_inline, to be compiled anew into each of the
+// functions that name an instruction set.
+template <class T, int Bytes>
+struct Tile {
+  typedef T Vector __attribute__((vector_size(Bytes)));
+  static constexpr int lanes = Bytes / sizeof(T);
+
+  static WEIGHTOPS_INLINE int64_t padded(int64_t channels) {
+    return (channels + lanes - 1) / lanes * lanes;
+  }
+
+  static WEIGHTOPS_INLINE Vector load(const T* from) {
+    Vector value;
+    std::memcpy(&value, from, Bytes);
+    return value;
+  }
+  static WEIGHTOPS_INLINE void store(T* to, const Vector& value) { std::memcpy(to, &value, Bytes); }
+  static WEIGHTOPS_INLINE void stream(T* to, const Vector& value) {
+#if WEIGHTOPS_X86
+    if constexpr (Bytes == 64) {
+      asm volatile("vmovntps %1, %0" : "=m"(*reinterpret_cast<Vector*>(to)) : "v"(value));
+      return;
+    }
+    if constexpr (Bytes == 32) {
+      asm volatile("vmovntps %1, %0" : "=m"(*reinterpret_cast<Vector*>(to)) : "x"(value));
+      return;
+    }
+#endif
+    store(to, value);
+  }
+
+  // to[0:length] (+)= scale * sum over `count` rows of from, `stride` elements apart.
+  static WEIGHTOPS_INLINE void sum_rows(const T* from, int64_t stride, int64_t count,
+                                        int64_t length, T* to, bool accumulate, T scale) {
+    int64_t l = 0;
+    for (; l + 4 * lanes <= length; l += 4 * lanes) sum_block<4>(from + l, stride, count, to + l, accumulate, scale);
+    for (; l + lanes <= length; l += lanes) sum_block<1>(from + l, stride, count, to + l, accumulate, scale);
+    if (l == length) return;
+    if (length == 1 && stride == 1) {
+      Vector sum = {};
+      int64_t d = 0;
+      for (; d + lanes <= count; d += lanes) sum += load(from + d);
+      T total = 0;
+      for (int k = 0; k < lanes; ++k) total += sum[k];
+      for (; d < count; ++d) total += from[d];
+      to[0] = (accumulate ? to[0] : T(0)) + scale * total;
+      return;
+    }
+    T rest[lanes] = {};
+    const int64_t left = length - l;
+    for (int64_t d = 0; d < count; ++d)
+      for (int64_t k = 0; k < left; ++k) rest[k] += from[d * stride + l + k];
+    for (int64_t k = 0; k < left; ++k)
+      to[l + k] = (accumulate ? to[l + k] : T(0)) + scale * rest[k];
+  }
+
+  template <int width>
+  static WEIGHTOPS_INLINE void sum_block(const T* from, int64_t stride, int64_t count, T* to,
+                                         bool accumulate, T scale) {
+    // Two chains a vector hide the addition's latency.
+    Vector even[width] = {}, odd[width] = {};
+    int64_t d = 0;
+    for (; d + 2 <= count; d += 2)
+#pragma GCC unroll 4
+      for (int v = 0; v < width; ++v) {
+        even[v] += load(from + d * stride + v * lanes);
+        odd[v] += load(from + (d + 1) * stride + v * lanes);
+      }
+    if (d < count)
+      for (int v = 0; v < width; ++v) even[v] += load(from + d * stride + v * lanes);
+    for (int v = 0; v < width; ++v) {
+      Vector sum = (even[v] + odd[v]) * scale;
+      if (accumulate) sum += load(to + v * lanes);
+      store(to + v * lanes, sum);
+    }
+  }
+
+  static constexpr int depth = kDepth;
+  using Factor = equivariant::Factor<T>;
+
+  // What a tile's product begins with, common + scale * rows[m], and where it goes.
+  struct Frame {
+    const T* rows;
+    int64_t rows_stride;
+    T scale;
+    Vector common;
+    T* out;
+    int64_t out_stride;
+  };
+
+  // out[m] = frame's rows[m] + sum over factors of rows[m] @ block, for `height` rows and a vector for
+  // each of `width` frames; the block of the second lies second[f] behind the first's.
+  template <int height, int width, bool streams>
+  static WEIGHTOPS_INLINE void multiply(const Factor* factors, int64_t count, const int64_t* second,
+                                        int64_t row, int64_t ld, const Frame* frames) {
+    Vector sum[height][width];
+#pragma GCC unroll 2
+    for (int v = 0; v < width; ++v) {
+      const Frame& frame = frames[v];
+      const T* from = frame.rows + row * frame.rows_stride;
+#pragma GCC unroll 32
+      for (int m = 0; m < height; ++m, from += frame.rows_stride)
+        sum[m][v] = load(from) * frame.scale + frame.common;
+    }
+    for (int64_t f = 0; f < count; ++f) {
+      const T* rows = factors[f].rows + row * depth;
+      const T* block = factors[f].block;
+      const int64_t other = width == 2 ? second[f] : 0;
+      for (const T* end = rows + factors[f].channels; rows != end; ++rows, block += ld) {
+        Vector b[width];
+        b[0] = load(block);
+        if constexpr (width == 2) b[1] = load(block + other);
+#pragma GCC unroll 32
+        for (int m = 0; m < height; ++m) {
+          const T a = rows[m * depth];
+#pragma GCC unroll 2
+          for (int v = 0; v < width; ++v) sum[m][v] += b[v] * a;
+        }
+      }
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < width; ++v) {
+      T* to = frames[v].out + row * frames[v].out_stride;
+#pragma GCC unroll 32
+      for (int m = 0; m < height; ++m, to += frames[v].out_stride)
+        if constexpr (streams)
+          stream(to, sum[m][v]);
+        else
+          store(to, sum[m][v]);
+    }
+  }
+
+  // Rows are covered by blocks of decreasing height; where it saves work the last one overlaps the one
+  // before, and writes the same again.
+  template <int width, bool streams>
+  static WEIGHTOPS_INLINE void multiply_rows(int64_t rows, const Factor* factors, int64_t count,
+                                             const int64_t* second, int64_t ld, const Frame* frames) {
+    constexpr int tall = (Bytes == 64 ? 24 : 12) / width, half = tall / 2;
+    int64_t row = 0;
+    const auto step = [&](auto height) __attribute__((always_inline)) {
+      constexpr int h = decltype(height)::value;
+      const int64_t at = std::min(row, rows - h);
+      multiply<h, width, streams>(factors, count, second, at, ld, frames);
+      row = at + h;
+    };
+    while (row < rows) {
+      const int64_t left = rows - row;
+      if (left > half && rows >= tall)
+        step(std::integral_constant<int, tall>());
+      else if (left > 2 && rows >= half)
+        step(std::integral_constant<int, half>());
+      else if (left >= 2)
+        step(std::integral_constant<int, 2>());
+      else
+        step(std::integral_constant<int, 1>());
+    }
+  }
+
+  // to[i] += sum over rows m of left[m][i] * right[m], i < height, one vector of right.
+  template <int height>
+  static WEIGHTOPS_INLINE void accumulate_outer(const T* left, const T* right, int64_t rows, T* to,
+                                                int64_t ld) {
+    Vector sum[height];
+#pragma GCC unroll 32
+    for (int i = 0; i < height; ++i) sum[i] = load(to + i * ld);
+    for (int64_t m = 0; m < rows; ++m, left += depth, right += depth) {
+      const Vector b = load(right);
+#pragma GCC unroll 32
+      for (int i = 0; i < height; ++i) sum[i] += b * left[i];
+    }
+#pragma GCC unroll 32
+    for (int i = 0; i < height; ++i) store(to + i * ld, sum[i]);
+  }
+
+  // The same for `channels` of left and `width` (padded) channels of right, both at most `depth`.
+  static WEIGHTOPS_INLINE void outer(const T* left, int64_t channels, const T* right, int64_t width,
+                                     int64_t rows, T* to, int64_t ld) {
+    constexpr int tall = Bytes == 64 ? 16 : 8;
+    for (int64_t v = 0; v < width; v += lanes) {
+      int64_t i = 0;
+      for (; i + tall <= channels; i += tall)
+        accumulate_outer<tall>(left + i, right + v, rows, to + i * ld + v, ld);
+      for (; i + 4 <= channels; i += 4)
+        accumulate_outer<4>(left + i, right + v, rows, to + i * ld + v, ld);
+      for (; i < channels; ++i) accumulate_outer<1>(left + i, right + v, rows, to + i * ld + v, ld);
+    }
+  }
+};
+
+}  // namespace weightops::equivariant

@@ -1,0 +1,186 @@
+// equivariant_linear and equivariant_backward for the CPU dispatch key.
+#include "common.h"
+
+#include "../core/equivariant_batch.h"
+#include "../core/equivariant_cache.h"
+
+namespace weightops {
+namespace {
+
+using equivariant::BackwardTask;
+using equivariant::Batch;
+using equivariant::ForwardTask;
+using equivariant::Plan;
+using equivariant::Prepared;
+using equivariant::Problem;
+using equivariant::Program;
+using equivariant::Runs;
+using equivariant::Workspace;
+
+// One a thread, for it is a network's size and would be given back to the system at every call.
+template <class T>
+Workspace<T>& workspace() {
+  static thread_local Workspace<T> own;
+  return own;
+}
+
+// Networks [B, P, C] whose rows are contiguous.
+Tensor with_contiguous_networks(const Tensor& x) {
+  const bool channels = x.size(2) < 2 || x.stride(2) == 1;
+  const bool rows = x.size(1) < 2 || x.stride(1) == x.size(2);
+  return channels && rows ? x : torch::stable::contiguous(x);
+}
+
+template <class T>
+Batch<const T> batch_of(const Tensor& x) {
+  return {static_cast<const T*>(x.const_data_ptr()), x.size(0) < 2 ? 0 : x.stride(0)};
+}
+
+void check(const Plan& plan, const Tensor& x, const Tensor& theta, int side) {
+  STD_TORCH_CHECK(x.dim() == 3 && theta.dim() == 4, "equivariant: wrong number of axes");
+  STD_TORCH_CHECK(x.size(1) == plan.sides[side].numel && x.size(2) == theta.size(2 + side),
+                  "equivariant: features ", x.size(1), " x ", x.size(2), " do not fit the plan");
+  STD_TORCH_CHECK(theta.size(1) == plan.terms, "equivariant: theta is of another plan");
+  STD_TORCH_CHECK(theta.size(0) > 0 && x.size(0) % theta.size(0) == 0,
+                  "equivariant: theta's groups do not divide the batch");
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == theta.scalar_type(), "equivariant: dtypes differ");
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double ||
+                      type == ScalarType::Half || type == ScalarType::BFloat16,
+                  "equivariant: features must be floating point");
+}
+
+template <class T>
+Tensor linear(Prepared& prepared, const Tensor& x, const Tensor& theta, const std::optional<Tensor>& bias,
+              bool transpose) {
+  const Plan& plan = prepared.plan;
+  const int reads = transpose ? 1 : 0;
+  const Problem<T> problem{plan, x.size(0), theta.size(0), {theta.size(2), theta.size(3)},
+                           static_cast<const T*>(theta.const_data_ptr())};
+  const int64_t numel = plan.sides[1 - reads].numel, channels = problem.channels[1 - reads];
+  Tensor out = torch::stable::new_empty(x, {x.size(0), numel, channels});
+  const int64_t lanes = equivariant::vector_bytes() / sizeof(T);
+  const auto program = prepared.program(reads, problem.channels[reads], channels, lanes);
+  const bool stream = out.numel() * int64_t(sizeof(T)) >= kStreamBytes;
+  const ForwardTask<T> task{problem, batch_of<T>(x),
+                            bias ? static_cast<const T*>(bias->const_data_ptr()) : nullptr,
+                            {static_cast<T*>(out.mutable_data_ptr()), numel * channels}, *program, stream};
+  if (x.size(0) > 0 && numel * channels > 0)
+    torch::stable::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
+      equivariant::forward(task, begin, end, workspace<T>());
+    });
+  return out;
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> backward(Prepared& prepared, const Tensor& x, const Tensor& theta,
+                                            const Tensor& grad, bool need_x) {
+  const Plan& plan = prepared.plan;
+  const int64_t in = theta.size(2), out = theta.size(3), groups = theta.size(0);
+  const Problem<T> problem{plan, x.size(0), groups, {in, out},
+                           static_cast<const T*>(theta.const_data_ptr())};
+  const int64_t numel = plan.sides[0].numel, tensors = plan.sides[1].tensors.size();
+  const int64_t lanes = equivariant::vector_bytes() / sizeof(T);
+  const int64_t padded = (out + lanes - 1) / lanes * lanes;
+  Tensor to_x = torch::stable::new_empty(x, {need_x ? x.size(0) : 0, numel, in});
+  if (!need_x) to_x = torch::stable::new_empty(x, {0});
+  Tensor to_theta = torch::stable::new_empty(theta, {groups, plan.terms, in, out});
+  Tensor to_bias = torch::stable::new_empty(theta, {groups, tensors, out});
+  T* theta_out = static_cast<T*>(to_theta.mutable_data_ptr());
+  T* bias_out = static_cast<T*>(to_bias.mutable_data_ptr());
+  const int64_t theta_size = plan.terms * in * out, bias_size = tensors * out;
+  if (x.size(0) == 0) {
+    std::fill(theta_out, theta_out + groups * theta_size, T(0));
+    std::fill(bias_out, bias_out + groups * bias_size, T(0));
+    return {to_x, to_theta, to_bias};
+  }
+  const int64_t padded_size = plan.terms * in * padded;
+  const auto program = prepared.program(1, out, in, lanes);
+  const Runs runs(x.size(0), groups, padded_size * sizeof(T));
+  Workspace<T>& own = workspace<T>();
+  T* theta_sums = own.gradients.get(runs.count() * (padded_size + bias_size));
+  T* bias_sums = theta_sums + runs.count() * padded_size;
+  const bool stream = to_x.numel() * int64_t(sizeof(T)) >= kStreamBytes;
+  const BackwardTask<T> task{problem, batch_of<T>(x), batch_of<T>(grad),
+                             {need_x ? static_cast<T*>(to_x.mutable_data_ptr()) : nullptr, numel * in},
+                             theta_sums, bias_sums, runs, *program, stream};
+  torch::stable::parallel_for(0, runs.count(), 1, [&](int64_t begin, int64_t end) {
+    equivariant::backward(task, begin, end, workspace<T>());
+  });
+  const int64_t rows = groups * plan.terms * in, a_group = plan.terms * in;
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrainBytes / (out * sizeof(T) * runs.runs_a_group)),
+                              [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* from = theta_sums + row / a_group * runs.runs_a_group * padded_size + row % a_group * padded;
+      T* to = theta_out + row * out;
+      std::copy(from, from + out, to);
+      for (int64_t run = 1; run < runs.runs_a_group; ++run) {
+        from += padded_size;
+        for (int64_t c = 0; c < out; ++c) to[c] += from[c];
+      }
+    }
+  });
+  std::fill(bias_out, bias_out + groups * bias_size, T(0));
+  for (int64_t run = 0; run < runs.count(); ++run)
+    for (int64_t i = 0; i < bias_size; ++i)
+      bias_out[run / runs.runs_a_group * bias_size + i] += bias_sums[run * bias_size + i];
+  return {to_x, to_theta, to_bias};
+}
+
+// Halves are computed in float32.
+bool is_half(ScalarType type) { return type == ScalarType::Half || type == ScalarType::BFloat16; }
+
+Tensor dense(const Tensor& tensor, ScalarType type) {
+  return torch::stable::contiguous(tensor.scalar_type() == type ? tensor
+                                                                : torch::stable::to(tensor, type));
+}
+
+Tensor networks(const Tensor& x, ScalarType type) {
+  return with_contiguous_networks(x.scalar_type() == type ? x : torch::stable::to(x, type));
+}
+
+Tensor equivariant_linear(const Tensor& x, const Tensor& theta, const std::optional<Tensor>& bias,
+                          const std::vector<int64_t>& code, bool transpose) {
+  const auto prepared = equivariant::prepare(code);
+  check(prepared->plan, x, theta, transpose ? 1 : 0);
+  const ScalarType given = x.scalar_type(), type = is_half(given) ? ScalarType::Float : given;
+  std::optional<Tensor> held;
+  if (bias) {
+    STD_TORCH_CHECK(!transpose && bias->dim() == 3 && bias->size(0) == theta.size(0) &&
+                        bias->size(1) == int64_t(prepared->plan.sides[1].tensors.size()) &&
+                        bias->size(2) == theta.size(3) && bias->scalar_type() == given,
+                    "equivariant: bias does not fit the plan");
+    held = dense(*bias, type);
+  }
+  const Tensor features = networks(x, type), blocks = dense(theta, type);
+  const Tensor out = type == ScalarType::Double
+                         ? linear<double>(*prepared, features, blocks, held, transpose)
+                         : linear<float>(*prepared, features, blocks, held, transpose);
+  return type == given ? out : torch::stable::to(out, given);
+}
+
+std::tuple<Tensor, Tensor, Tensor> equivariant_backward(const Tensor& x, const Tensor& theta,
+                                                        const Tensor& grad,
+                                                        const std::vector<int64_t>& code,
+                                                        bool need_x) {
+  const auto prepared = equivariant::prepare(code);
+  check(prepared->plan, x, theta, 0);
+  check(prepared->plan, grad, theta, 1);
+  STD_TORCH_CHECK(grad.size(0) == x.size(0), "equivariant: batches differ");
+  const ScalarType given = x.scalar_type(), type = is_half(given) ? ScalarType::Float : given;
+  const Tensor features = networks(x, type), grads = networks(grad, type), blocks = dense(theta, type);
+  const auto found = type == ScalarType::Double
+                         ? backward<double>(*prepared, features, blocks, grads, need_x)
+                         : backward<float>(*prepared, features, blocks, grads, need_x);
+  if (type == given) return found;
+  return {torch::stable::to(std::get<0>(found), given), torch::stable::to(std::get<1>(found), given),
+          torch::stable::to(std::get<2>(found), given)};
+}
+
+}  // namespace
+}  // namespace weightops
+
+STABLE_TORCH_LIBRARY_IMPL(weightops, CPU, m) {
+  m.impl("equivariant_linear", TORCH_BOX(&weightops::equivariant_linear));
+  m.impl("equivariant_backward", TORCH_BOX(&weightops::equivariant_backward));
+}

@@ -1,0 +1,150 @@
+"""Equivariant linear layers on weight space."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weightops import _check
+from weightops.ops.equivariant.declaration import _backward, _linear
+from weightops.ops.equivariant.plan import EquivariantPlan, code_of
+
+__all__ = ["EquivariantPlan", "_backward", "_linear", "equivariant_linear"]
+
+
+def equivariant_linear(
+    x: Tensor,
+    theta: Tensor,
+    bias: Tensor | None,
+    plan: EquivariantPlan,
+    *,
+    check_finite: bool = False,
+) -> Tensor:
+    """Apply every linear map between two weight spaces that commutes with permuting neurons.
+
+    ``y[o] = bias[o] + sum_t write_t(read_t(x) @ theta[t])`` over ``plan.terms`` (Zhou, Finn and
+    Harrison, arXiv 2402.05232, equation 6).
+
+    Args:
+        x: features ``[B, P_in, C_in]``, channels last, laid out by ``plan.spec``; any strides. float16
+            and bfloat16 are summed in float32.
+        theta: ``[T, C_in, C_out]`` of ``x``'s dtype, or ``[B, T, C_in, C_out]`` where every sample has
+            parameters of its own; ``theta[t]`` belongs to ``plan.terms[t]``.
+        bias: ``[num_biases, C_out]``, ``[B, num_biases, C_out]`` or ``None``.
+        plan: the maps.
+        check_finite: look for values that are not finite, which costs a pass over every argument.
+
+    Returns:
+        ``[B, P_out, C_out]``, contiguous. Gradients flow to ``x``, ``theta`` and ``bias``.
+
+    Raises:
+        ValueError: shapes or devices do not fit each other or ``plan``; a value is not finite and
+            ``check_finite`` is set.
+        TypeError: an argument has the wrong type or dtype.
+    """
+    if not (
+        isinstance(plan, EquivariantPlan)
+        and isinstance(x, Tensor)
+        and isinstance(theta, Tensor)
+        and x.is_floating_point()
+        and x.layout is theta.layout is torch.strided
+        and x.dtype == theta.dtype
+        and x.device == theta.device
+        and x.dim() == 3
+        and (bias is None or (isinstance(bias, Tensor) and _alike(bias, x)))
+    ):
+        _explain_types(x, theta, bias, plan)
+    batch, positions, c_in = x.shape
+    shape = theta.shape
+    own = len(shape) == 4
+    if not (
+        positions == plan.spec.numel
+        and shape[-3:-1] == (plan.num_terms, c_in)
+        and ((own and shape[0] == batch) or len(shape) == 3)
+        and c_in > 0
+        and shape[-1] > 0
+    ):
+        _explain_shapes(x, theta, plan)
+    own_bias = False
+    if bias is not None:
+        own_bias = bias.dim() == 3
+        if not (
+            bias.shape[-2:] == (plan.num_biases, shape[-1])
+            and ((own_bias and bias.shape[0] == batch) or bias.dim() == 2)
+        ):
+            _explain_bias(batch, shape[-1], bias, plan)
+    if check_finite:
+        _check.flag("equivariant_linear", "check_finite", check_finite)
+        for name, value in (("x", x), ("theta", theta), ("bias", bias)):
+            if value is not None:
+                _check.finite("equivariant_linear", name, value)
+    if not own:
+        theta = theta[None]
+    if bias is not None and not own_bias:
+        bias = bias[None]
+    if own or own_bias:
+        theta, bias = _grouped(theta, bias, batch)
+    return _linear(x, theta, bias, code_of(plan), False)
+
+
+def _grouped(theta: Tensor, bias: Tensor | None, batch: int) -> tuple[Tensor, Tensor | None]:
+    """Both with a group per sample, or one group where there is no sample."""
+    if batch == 0:
+        return theta.sum(0, keepdim=True), None if bias is None else bias.sum(0, keepdim=True)
+    theta = theta.expand(batch, -1, -1, -1)
+    return theta, None if bias is None else bias.expand(batch, -1, -1)
+
+
+def _alike(value: Tensor, x: Tensor) -> bool:
+    return value.dtype == x.dtype and value.device == x.device and value.layout is x.layout
+
+
+def _explain_types(x: Any, theta: Any, bias: Any, plan: Any) -> None:
+    where = "equivariant_linear"
+    if not isinstance(plan, EquivariantPlan):
+        raise TypeError(f"{where}: plan must be an EquivariantPlan, not {_check.describe(plan)}")
+    _check.tensor(where, "x", x, "[B, P_in, C_in]", 3)
+    _check.floating(where, "x", x)
+    _check.tensor(where, "theta", theta, "[T, C_in, C_out] or [B, T, C_in, C_out]")
+    named = [("theta", theta)]
+    if bias is not None:
+        _check.tensor(where, "bias", bias, "[num_biases, C_out] or [B, num_biases, C_out], or None")
+        named.append(("bias", bias))
+    for name, value in named:
+        if value.dtype != x.dtype:
+            raise TypeError(f"{where}: {name} is {value.dtype}, but x is {x.dtype}")
+        _check.same_device(where, name, value, "x", x)
+
+
+def _explain_shapes(x: Tensor, theta: Tensor, plan: EquivariantPlan) -> None:
+    where = "equivariant_linear"
+    batch, positions, c_in = x.shape
+    if positions != plan.spec.numel:
+        raise ValueError(
+            f"{where}: x has shape {list(x.shape)}, but the plan's networks have "
+            f"{plan.spec.numel} weights: expected [B, {plan.spec.numel}, C_in]"
+        )
+    terms, given = plan.num_terms, list(theta.shape)
+    expected = f"[{terms}, {c_in}, C_out] or [{batch}, {terms}, {c_in}, C_out]"
+    if theta.dim() not in (3, 4):
+        raise ValueError(f"{where}: theta must have shape {expected}, not {given}")
+    if given[-3] != terms:
+        raise ValueError(
+            f"{where}: theta has {given[-3]} terms (shape {given}), but the plan has {terms}; "
+            "is it of another plan?"
+        )
+    if given[-2] != c_in:
+        raise ValueError(f"{where}: theta has {given[-2]} input channels, but x has {c_in}")
+    if c_in == 0 or given[-1] == 0:
+        raise ValueError(f"{where}: x and theta must have channels, not {c_in} and {given[-1]}")
+    raise ValueError(f"{where}: theta must have shape {expected}, not {given}")
+
+
+def _explain_bias(batch: int, c_out: int, bias: Tensor, plan: EquivariantPlan) -> None:
+    shape = f"{plan.num_biases}, {c_out}"
+    raise ValueError(
+        f"equivariant_linear: bias must have shape [{shape}] or [{batch}, {shape}] for the plan's "
+        f"{plan.num_biases} biases and theta's {c_out} output channels, not {list(bias.shape)}"
+    )
