@@ -15,7 +15,7 @@ $(VENV)/ready: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt setuptools wheel cmake ninja pybind11 build \
-		numpy scipy rich matplotlib mlxtend lapx triton \
+		numpy scipy rich matplotlib mlxtend lapx nfn einops safetensors triton \
 		pytest pytest-benchmark hypothesis expecttest ruff mypy clang-format pre-commit
 	touch $@
 

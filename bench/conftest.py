@@ -26,9 +26,9 @@ def device() -> str:
 
 @pytest.fixture
 def measure(benchmark, device):
-    """``measure(f, bytes)`` times ``f`` and records the floor measured in this run."""
+    """``measure(f, bytes, flops)`` times ``f`` and records the floor measured in this run."""
 
-    def run(f, bytes_moved: int | None = None) -> None:
+    def run(f, bytes_moved: int | None = None, flops: int = 0) -> None:
         rounds = max(5, min(300, int(1 / (best_time(f, 0.0) + 1e-7))))
         benchmark.pedantic(f, rounds=rounds, warmup_rounds=2)
         took = benchmark.stats.stats.min
@@ -38,6 +38,8 @@ def measure(benchmark, device):
             benchmark.extra_info["gpu_seconds"] = took
         if bytes_moved:
             floor = bytes_moved / floors.copy_bandwidth(bytes_moved, device)
+            if flops:
+                floor = max(floor, flops / floors.flop_rate(device))
             benchmark.extra_info.update(
                 bytes=bytes_moved,
                 gb_per_s=round(bytes_moved / took / 1e9, 2),

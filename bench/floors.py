@@ -1,4 +1,4 @@
-"""What this machine can do, measured in the run that quotes it: copying bytes."""
+"""What this machine can do, measured in the run that quotes it: copying bytes, multiplying matrices."""
 
 from __future__ import annotations
 
@@ -14,3 +14,15 @@ def copy_bandwidth(bytes_moved: int, device: str = "cpu") -> float:
     source = torch.ones(max(1, bytes_moved // 8), device=device)
     target = torch.empty_like(source)
     return 8 * source.numel() / seconds(lambda: target.copy_(source), device)
+
+
+@cache
+def flop_rate(device: str = "cpu") -> float:
+    """Operations per second of ``torch.mm`` in float32, the best of three sizes."""
+
+    def rate(n: int) -> float:
+        a, b = torch.ones(2, n, n, device=device)
+        out = torch.empty_like(a)
+        return 2 * n**3 / seconds(lambda: torch.mm(a, b, out=out), device)
+
+    return max(map(rate, (512, 1024, 2048)))

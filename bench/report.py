@@ -30,6 +30,25 @@ GOALS: dict[str, tuple[float | None, float | None]] = {
         for n in (64, 256, 512, 1024)
     },
 }
+for _space, _forward in (
+    ("mlp", 1.6),
+    ("transformer", 1.6),
+    ("cnn", 2.0),
+    ("rnn", 2.0),
+    ("gru", 2.0),
+):
+    for _layer in ("16->16 B=8", "32->32 B=8", "16->16 B=32"):
+        GOALS[f"equivariant {_space} {_layer} forward"] = (_forward, None)
+        GOALS[f"equivariant {_space} {_layer} forward+backward"] = (1.8, None)
+# space -> peer -> how many times faster
+AGAINST = {
+    "mlp": {"per-term": 10.0, "per-term-compiled": 10.0, "nfn": 6.0},
+    "cnn": {"nfn": 6.0},
+    "transformer": {"per-term": 10.0},
+    "rnn": {"per-term": 20.0, "per-term-compiled": 20.0},
+    "gru": {"per-term": 20.0},
+}
+LAYER_CALL_GOAL_US = 60.0
 WARM_GOAL = 4.0  # times faster than cold, on Grams of 256 and more
 CALL_GOAL_US = 25.0  # over the copy
 
@@ -74,11 +93,25 @@ def _rows(name: str, members: dict[str, dict]) -> list[Row]:
             Row(f"{name}, over the copy", over / 1e3, iqr, None, None, None, None, None,
                 f"<= {CALL_GOAL_US:g} us", over <= CALL_GOAL_US)
         ]  # fmt: skip
-    floor = None
+    if name == "equivariant call":
+        return [
+            Row(name, time, iqr, None, None, None, None, None, f"<= {LAYER_CALL_GOAL_US:g} us",
+                1e3 * time <= LAYER_CALL_GOAL_US)
+        ]  # fmt: skip
+    if name == "equivariant 32 particles":
+        return [
+            Row(f"{name}, own theta, {what}", time, iqr, None, None, peer, _ms(members[peer]),
+                _ms(members[peer]) / time, goal, met(_ms(members[peer]) / time))
+            for peer, what, goal, met in (
+                ("shared-theta", "against shared", ">= 0.33 x", lambda gain: gain >= 1 / 3),
+                ("python-loop", "against a loop", ">= 15 x", lambda gain: gain >= 15),
+            )
+        ]  # fmt: skip
+    floor = ours["extra_info"].get("floor_ms") if name.startswith("equivariant") else None
     if name.startswith("merge") and "read" in members:
         floor = _ms(members["read"]) + _ms(members["write"])
     for candidate in FLOORS:
-        if candidate in members:
+        if candidate in members and floor is None:
             floor = _ms(members[candidate])
     no_peers = ("weightops", "read", "write", *FLOORS)
     peers = {
@@ -114,6 +147,14 @@ def _rows(name: str, members: dict[str, dict]) -> list[Row]:
             met,
         )
     ]
+    against = AGAINST.get(name.split()[1], {}) if name.startswith("equivariant") else {}
+    for other, wanted in against.items():
+        if other in members:
+            gain = _ms(members[other]) / time
+            rows.append(
+                Row(f"{name}, against {other}", time, iqr, None, None, other, _ms(members[other]), gain,
+                    f">= {wanted:g} x", gain >= wanted)
+            )  # fmt: skip
     for variant, what in (
         ("weightops-streamed-copy", "nothing permuted"),
         ("weightops-warm", "warm, against cold"),

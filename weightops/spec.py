@@ -204,6 +204,32 @@ class WeightSpec:
             )
         }
 
+    def features(self, flat: Tensor, grads: Tensor | None = None, *extra: Tensor) -> Tensor:
+        """Stand networks, their gradients and whatever else is laid out alike side by side.
+
+        Args:
+            flat: networks ``[N, P]``, floating point.
+            grads: gradients ``[N, P]``, or ``None``.
+            extra: further tensors ``[N, P]``, such as momenta.
+
+        Returns:
+            ``[N, P, C]``, C the number of tensors given; a view where that is one. Differentiable.
+
+        Raises:
+            ValueError: a tensor is not ``[N, P]``, or shapes or devices differ.
+            TypeError: a tensor is none, not floating point, or of another dtype than ``flat``.
+        """
+        tensors = {"flat": flat} if grads is None else {"flat": flat, "grads": grads}
+        tensors |= {f"extra[{n}]": each for n, each in enumerate(extra)}
+        for name, each in tensors.items():
+            self.check_flat("features", each, name, 2)
+            _check.floating("features", name, each)
+            if each.dtype != flat.dtype:
+                raise TypeError(f"features: {name} is {each.dtype}, but flat is {flat.dtype}")
+            _check.same_device("features", name, each, "flat", flat)
+            _check.size("features", name, each.shape[0], flat.shape[0], "flat")
+        return flat[..., None] if len(tensors) == 1 else torch.stack([*tensors.values()], -1)
+
     @torch.no_grad()
     def load_(self, model: nn.Module, row: Tensor) -> nn.Module:
         """Copy one network, ``row`` ``[P]``, into ``model``'s tensors in place, and return it.

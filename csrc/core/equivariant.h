@@ -1,6 +1,6 @@
 // Equivariant linear layers on weight-space features [P, C], one network at a time: sums of every
-// tensor over its indices (pool), one small matrix product per type on tiles of positions (mix), and
-// one pass over the output that adds what is broadcast (write). Arithmetic: equivariant_tile.h.
+// tensor over its indices (pool), one small matrix product per type on tiles of positions (mix),
+// and one pass over the output that adds what is broadcast (write). Arithmetic: equivariant_tile.h.
 #pragma once
 
 #include <cmath>
@@ -54,6 +54,7 @@ struct Workspace {
   Buffer<const T*> rows;
   Buffer<Factor<T>> factors;
   Buffer<int64_t> second;
+  Buffer<Right<T>> right;
 };
 
 template <class T, int Bytes>
@@ -62,8 +63,10 @@ struct Network {
   using Vector = typename Arithmetic::Vector;
   using Factor = typename Arithmetic::Factor;
   using Frame = typename Arithmetic::Frame;
+  using Right = typename Arithmetic::Right;
   static constexpr int lanes = Arithmetic::lanes;
-  static constexpr int64_t kChunkBytes = 65536;  // read once from memory, then a few times from here
+  static constexpr int64_t kChunkBytes =
+      65536;  // read once from memory, then a few times from here
 
   struct View {
     const T* data;
@@ -79,7 +82,8 @@ struct Network {
     return view;
   }
 
-  // Sums the node of `from` over dimension `dropped`, rows [begin, end) of its first dimension only.
+  // Sums the node of `from` over dimension `dropped`, rows [begin, end) of its first dimension
+  // only.
   static WEIGHTOPS_INLINE void sum_node(const View& from, const Sizes& sizes, int64_t dropped,
                                         int64_t begin, int64_t end, int64_t channels, T* to,
                                         bool accumulate, T scale) {
@@ -87,7 +91,8 @@ struct Network {
     // Trailing dimensions that lie side by side are one run of elements.
     int64_t inner = rank, length = channels;
     while (inner - 1 > dropped && from.strides[inner - 1] == length) length *= sizes[--inner];
-    const int64_t count = dropped == 0 ? end - begin : sizes[dropped], stride = from.strides[dropped];
+    const int64_t count = dropped == 0 ? end - begin : sizes[dropped],
+                  stride = from.strides[dropped];
     const T* source = from.data + begin * from.strides[0];
     // An odometer over the dimensions in front of the run, but for the dropped one.
     int64_t at[64] = {};
@@ -99,7 +104,8 @@ struct Network {
       }
     if (dropped > 0) to += begin * sums_a_row * length;
     // Many short sums side by side, as over the taps of a convolution, are one loop.
-    bool side_by_side = length == lanes && count <= 8 && !accumulate && dropped > 0 && dropped == inner - 1;
+    bool side_by_side =
+        length == lanes && count <= 8 && !accumulate && dropped > 0 && dropped == inner - 1;
     for (int64_t dim = 1; dim <= dropped && side_by_side; ++dim)
       side_by_side = from.strides[dim - 1] == from.strides[dim] * sizes[dim];
     if (side_by_side) {
@@ -131,7 +137,8 @@ struct Network {
       if (node.children.empty()) continue;
       if (node.numel == 0) {
         for (int64_t child : node.children)
-          std::fill_n(from.sums + nodes[child].slot * from.channels, nodes[child].numel * from.channels, T(0));
+          std::fill_n(from.sums + nodes[child].slot * from.channels,
+                      nodes[child].numel * from.channels, T(0));
         continue;
       }
       const View source = view(from, number);
@@ -149,19 +156,20 @@ struct Network {
 
   static WEIGHTOPS_INLINE int64_t at(const Place& place, const int64_t* outer) {
     int64_t offset = place.offset;
-    for (size_t dim = 0; dim < place.outer_strides.size(); ++dim) offset += outer[dim] * place.outer_strides[dim];
+    for (size_t dim = 0; dim < place.outer_strides.size(); ++dim)
+      offset += outer[dim] * place.outer_strides[dim];
     return offset;
   }
 
   // A tile: positions [begin, end) of the run at the outer coordinates `at`.
   struct Span {
     const int64_t* at;
-    int64_t outer, begin, end, ahead;
+    int64_t outer, begin, end, ahead, pitch;  // pitch: of packed chunks, in rows
     int64_t size() const { return end - begin; }
   };
 
-  // A tile's rows of one operand, `depth` channels after the other: as they lie, where they lie like
-  // that, else packed, with zeros behind the last channel.
+  // A tile's rows of one operand, `depth` channels after the other: as they lie, where they lie
+  // like that, else packed, with zeros behind the last channel.
   static WEIGHTOPS_INLINE const T* rows_of(const Source& source, const Features<T>& features,
                                            const Span& span, T* packed) {
     constexpr int depth = kDepth;
@@ -174,14 +182,23 @@ struct Network {
       for (int64_t m = 0; m < rows; ++m) __builtin_prefetch(from + span.ahead * depth + m * depth);
       return from;
     }
-    // Where the next tile most often lies, which is too far for the hardware to guess.
-    const bool turned = place.stride > channels && !place.outer_strides.empty();
-    const int64_t ahead = turned ? place.outer_strides.back() : span.ahead * place.stride;
+    if (even && channels == depth && place.stride == depth) return from + span.begin * depth;
+    // A few channels: what lies behind them was cleared when the room was made.
+    if (channels < depth) {
+      from += even ? span.begin * place.stride : 0;
+      const int64_t* table = even ? nullptr : place.table.data() + span.begin;
+      for (int64_t m = 0; m < rows; ++m) {
+        const T* row = from + (even ? m * place.stride : table[m]);
+        for (int64_t k = 0; k < channels; ++k) packed[m * depth + k] = row[k];
+      }
+      return packed;
+    }
     const auto pack = [&](const T* row, T* to) __attribute__((always_inline)) {
-      for (int64_t k = 0; k < channels; k += depth, to += kTile * depth) {
+      for (int64_t k = 0; k < channels; k += depth, to += span.pitch * depth) {
         if (k + depth <= channels) {
 #pragma GCC unroll 16
-          for (int v = 0; v < depth; v += lanes) Arithmetic::store(to + v, Arithmetic::load(row + k + v));
+          for (int v = 0; v < depth; v += lanes)
+            Arithmetic::store(to + v, Arithmetic::load(row + k + v));
         } else {
           for (int v = 0; v < depth; ++v) to[v] = k + v < channels ? row[k + v] : T(0);
         }
@@ -193,12 +210,17 @@ struct Network {
       return packed;
     }
     from += span.begin * place.stride;
-    for (int64_t m = 0; m < rows; ++m, from += place.stride) {
-      if (source.whole)
-        for (int64_t k = 0; k < channels; k += depth) __builtin_prefetch(from + ahead + k);
-      pack(from, packed + m * depth);
-    }
+    for (int64_t m = 0; m < rows; ++m, from += place.stride) pack(from, packed + m * depth);
     return packed;
+  }
+
+  // Where the next tile most often lies, which is too far for the hardware to guess.
+  static WEIGHTOPS_INLINE const T* ahead_of(const Place& place, const Features<T>& features,
+                                            const Span& span) {
+    const T* from = features.values + at(place, span.at);
+    const bool turned = place.stride > features.channels && !place.outer_strides.empty();
+    return from + (turned ? span.begin * place.stride + place.outer_strides.back()
+                          : (span.begin + span.ahead) * place.stride);
   }
 
   // to[m] (+)= a's rows (+ b's rows) at a tile's positions.
@@ -228,7 +250,8 @@ struct Network {
                                           const Parameters<T>& parameters, const T* broadcast,
                                           T* start, Frame& frame) {
     Vector common = {};
-    if (target.bias >= 0 && parameters.bias) common = Arithmetic::load(parameters.bias + target.bias + lane);
+    if (target.bias >= 0 && parameters.bias)
+      common = Arithmetic::load(parameters.bias + target.bias + lane);
     const Addend* moving[64];
     int64_t count = 0;
     for (const Addend& addend : target.addends) {
@@ -268,7 +291,8 @@ struct Network {
                       : add_rows<false, false>(one, two, broadcast, span, start);
     }
     if (crossed)
-      for (int64_t d = target.diagonal_begin[span.outer]; d < target.diagonal_begin[span.outer + 1]; ++d) {
+      for (int64_t d = target.diagonal_begin[span.outer]; d < target.diagonal_begin[span.outer + 1];
+           ++d) {
         const OnDiagonal& each = target.diagonal[d];
         if (each.at < span.begin || each.at >= span.end) continue;
         T* to = start + (each.at - span.begin) * lanes;
@@ -291,7 +315,8 @@ struct Network {
     }
   }
 
-  // The gradient of a layer's parameters: `other` is what the layer reads, where its transpose runs.
+  // The gradient of a layer's parameters: `other` is what the layer reads, where its transpose
+  // runs.
   struct Outer {
     const Features<T>* other;
     T* gradient;  // [term, channels of other, padded channels of from]
@@ -311,14 +336,15 @@ struct Network {
   static WEIGHTOPS_INLINE void run_tile(const Job& job, const Step& step, const Span& span) {
     constexpr int depth = kDepth;
     const Program& program = job.program;
-    const int64_t own = job.from.channels, own_rows = (own + depth - 1) / depth * depth * kTile;
+    const int64_t own = job.from.channels,
+                  own_rows = (own + depth - 1) / depth * depth * span.pitch;
     T* packed = job.workspace.packed.get(0);
-    T* other_packed = packed + program.max_readers * own_rows;
+    T* other_packed = packed + program.max_readers * ((own + depth - 1) / depth * depth * kTile);
     const T** rows = job.workspace.rows.get(0);
     Factor* factors = job.workspace.factors.get(0);
     int64_t* second = job.workspace.second.get(0);
     for (size_t r = 0; r < step.readers.size(); ++r)
-      rows[r] = rows_of(step.readers[r], job.from, span, packed + r * own_rows);
+      rows[r] = rows_of(step.readers[r], job.from, span, packed + int64_t(r) * own_rows);
     if (job.out) {
       T* broadcast = job.workspace.broadcast.get(0);
       T* buffers = job.workspace.tile.get(0);
@@ -329,9 +355,14 @@ struct Network {
         int64_t count = 0;
         for (size_t f = 0; f < columns->readers.size(); ++f)
           for (int64_t k = 0; k < own; k += depth) {
-            factors[count] = {rows[columns->readers[f]] + k * kTile,
+            const int64_t r = columns->readers[f];
+            factors[count] = {rows[r] + k * span.pitch,
                               job.parameters.blocks + columns->blocks[f] + k * program.padded,
-                              std::min<int64_t>(depth, own - k)};
+                              std::min<int64_t>(depth, own - k), rows[r], 0};
+            if (c == 0 && step.readers[r].whole && step.readers[r].place.table.empty()) {
+              factors[count].ahead = ahead_of(step.readers[r].place, job.from, span) + k;
+              factors[count].ahead_stride = step.readers[r].place.stride;
+            }
             second[count++] = two ? columns[1].blocks[f] - columns[0].blocks[f] : 0;
           }
         Frame frames[2];
@@ -340,7 +371,8 @@ struct Network {
         for (int64_t v = 0; v < width; ++v) {
           const Target& target = step.targets[columns[v].target];
           const int64_t lane = columns[v].lane;
-          begin_with(target, lane, span, job.parameters, broadcast, buffers + v * kTile * lanes, frames[v]);
+          begin_with(target, lane, span, job.parameters, broadcast, buffers + v * kTile * lanes,
+                     frames[v]);
           to[v] = (target.whole ? job.out : broadcast) + at(target.place, span.at) + lane;
           direct[v] = target.place.table.empty() && target.width - lane >= lanes;
           T* even = to[v] + span.begin * target.place.stride;
@@ -366,17 +398,34 @@ struct Network {
       }
     }
     if (job.outer == nullptr) return;
-    const int64_t other = job.outer->other->channels, other_rows = (other + depth - 1) / depth * depth * kTile;
+    const int64_t other = job.outer->other->channels,
+                  other_rows = (other + depth - 1) / depth * depth * span.pitch;
     const int64_t ld = Arithmetic::padded(own), count = step.others.size();
+    Right* right = job.workspace.right.get(0);
     for (int64_t o = 0; o < count; ++o) {
-      const T* left = rows_of(step.others[o], *job.outer->other, span, other_packed + o * other_rows);
-      for (size_t r = 0; r < step.readers.size(); ++r)
-        if (const int64_t t = step.terms[r * count + o]; t >= 0)
-          for (int64_t i = 0; i < other; i += depth)
-            for (int64_t k = 0; k < own; k += depth)
-              Arithmetic::outer(left + i * kTile, std::min<int64_t>(depth, other - i), rows[r] + k * kTile,
-                                std::min<int64_t>(depth, ld - k), span.size(),
-                                job.outer->gradient + (t * other + i) * ld + k, ld);
+      const T* left =
+          rows_of(step.others[o], *job.outer->other, span, other_packed + o * other_rows);
+      for (int64_t i = 0; i < other; i += depth) {
+        int64_t found = 0;
+        for (size_t r = 0; r < step.readers.size(); ++r)
+          if (const int64_t t = step.terms[r * count + o]; t >= 0)
+            for (int64_t k = 0; k < ld; k += lanes)
+              right[found++] = {rows[r] + k / depth * depth * span.pitch + k % depth,
+                                job.outer->gradient + (t * other + i) * ld + k};
+        const Place& place = step.others[o].place;
+        const bool fetches = step.others[o].whole && place.table.empty();
+        const T* ahead = fetches ? ahead_of(place, *job.outer->other, span) + i : left;
+        const int64_t channels = std::min<int64_t>(depth, other - i);
+        for (int64_t f = 0; f < found; f += 2) {
+          const int64_t ahead_stride = fetches && f == 0 ? place.stride : 0;
+          if (f + 1 < found)
+            Arithmetic::template outer<2>(left + i * span.pitch, channels, right + f, span.size(),
+                                          ld, ahead, ahead_stride);
+          else
+            Arithmetic::template outer<1>(left + i * span.pitch, channels, right + f, span.size(),
+                                          ld, ahead, ahead_stride);
+        }
+      }
     }
   }
 
@@ -393,26 +442,33 @@ struct Network {
             coordinates[dim] = rest % step.outer_sizes[dim];
             rest /= step.outer_sizes[dim];
           }
-          run_tile(job, step, {coordinates, outer, begin, std::min(begin + step.tile, step.run), step.turns ? step.run : step.tile});
+          run_tile(job, step,
+                   {coordinates, outer, begin, std::min(begin + step.tile, step.run),
+                    step.turns ? step.run : step.tile, step.tile});
         }
   }
 
-  // Room for any step of the program.
+  // Room for any step of the program; to be called before the first network.
   static WEIGHTOPS_INLINE void reserve(const Program& program, Workspace<T>& workspace) {
-    const auto rows = [](int64_t channels) { return (channels + kDepth - 1) / kDepth * kDepth * kTile; };
-    workspace.packed.get(program.max_readers * rows(program.channels_read) +
-                         program.max_targets * rows(program.channels_written));
+    const auto rows = [](int64_t channels) {
+      return (channels + kDepth - 1) / kDepth * kDepth * kTile;
+    };
+    const int64_t packed = program.max_readers * rows(program.channels_read) +
+                           program.max_targets * rows(program.channels_written);
+    T* room = workspace.packed.get(packed);
+    if (std::min(program.channels_read, program.channels_written) < kDepth)
+      std::fill_n(room, packed, T(0));
     workspace.tile.get(4 * kTile * lanes);
     workspace.broadcast.get(program.plan->sides[1 - program.reads].write_slots * program.padded);
     workspace.rows.get(program.max_readers);
     const int64_t factors = program.max_readers * (rows(program.channels_read) / kDepth / kTile);
     workspace.factors.get(factors);
     workspace.second.get(factors);
+    workspace.right.get(program.max_readers * rows(program.channels_read) / kTile);
   }
 
   // out = layer(from), and outer besides.
   static WEIGHTOPS_INLINE void run(const Job& job) {
-    reserve(job.program, job.workspace);
     for (const Step& step : job.program.steps) run_step(job, step);
   }
 };

@@ -23,15 +23,16 @@ struct Batch {
   int64_t stride;
 };
 
-// The sums of a group's gradients are taken over fixed runs of samples, whatever the threads, so that
-// results do not depend on them.
+// The sums of a group's gradients are taken over fixed runs of samples, whatever the threads, so
+// that results do not depend on them.
 struct Runs {
   int64_t groups, samples, runs_a_group;
-  Runs(int64_t batch, int64_t num_groups, int64_t gradient_bytes) : groups(num_groups) {
-    samples = batch / groups;
-    const int64_t wanted = std::max<int64_t>(1, 16 / groups);
-    const int64_t affordable = std::max<int64_t>(1, (int64_t{64} << 20) / std::max<int64_t>(1, gradient_bytes));
-    runs_a_group = std::max<int64_t>(1, std::min({samples, wanted, std::max<int64_t>(2, affordable)}));
+  Runs(int64_t batch, int64_t num_groups, int64_t batch_bytes, int64_t gradient_bytes)
+      : groups(num_groups), samples(batch / groups) {
+    // A run's sums are cleared and added up, which should be little beside reading its features.
+    const int64_t worth = batch_bytes / std::max<int64_t>(1, 4 * gradient_bytes * groups);
+    runs_a_group =
+        std::min(samples, std::clamp<int64_t>(worth, 2, std::max<int64_t>(2, 16 / groups)));
   }
   int64_t count() const { return groups * runs_a_group; }
   int64_t begin(int64_t run) const {
@@ -56,7 +57,7 @@ template <class T>
 struct BackwardTask {
   const Problem<T>& problem;
   Batch<const T> x, grad;
-  Batch<T> to_x;  // data may be null
+  Batch<T> to_x;          // data may be null
   T *to_theta, *to_bias;  // [runs, T, channels[0], padded], [runs, tensors, channels[1]]
   const Runs& runs;
   const Program& program;
@@ -66,7 +67,9 @@ struct BackwardTask {
 template <class T, int Bytes>
 struct Batches {
   using Single = Network<T, Bytes>;
-  static WEIGHTOPS_INLINE int64_t padded(int64_t channels) { return Single::Arithmetic::padded(channels); }
+  static WEIGHTOPS_INLINE int64_t padded(int64_t channels) {
+    return Single::Arithmetic::padded(channels);
+  }
 
   // Blocks [term, channels read, padded channels written] of one group's theta.
   static WEIGHTOPS_INLINE const T* blocks_of(const Problem<T>& problem, int64_t group, int reads,
@@ -81,7 +84,8 @@ struct Batches {
       const T* from = theta + t * in * out;
       T* to = blocks + t * rows * width;
       for (int64_t r = 0; r < rows; ++r, to += width) {
-        for (int64_t c = 0; c < columns; ++c) to[c] = reads == 0 ? from[r * out + c] : from[c * out + r];
+        for (int64_t c = 0; c < columns; ++c)
+          to[c] = reads == 0 ? from[r * out + c] : from[c * out + r];
         std::fill(to + columns, to + width, T(0));
       }
     }
@@ -92,16 +96,19 @@ struct Batches {
                                        Workspace<T>& workspace) {
     const Problem<T>& problem = task.problem;
     const Program& program = task.program;
-    const Side &from = problem.plan.sides[program.reads], &to = problem.plan.sides[1 - program.reads];
+    const Side &from = problem.plan.sides[program.reads],
+               &to = problem.plan.sides[1 - program.reads];
     const int64_t width = program.padded, written = program.channels_written;
     const int64_t bias_size = task.bias ? to.tensors.size() * width : 0;
     T* bias = workspace.bias.get(bias_size);
     Parameters<T> parameters{nullptr, task.bias ? bias : nullptr};
+    Single::reserve(program, workspace);
     for (int64_t b = begin, group = -1; b < end; ++b) {
       if (b / problem.samples_a_group() != group) {
         group = b / problem.samples_a_group();
         parameters.blocks = blocks_of(problem, group, program.reads, workspace.blocks);
-        const T* source = task.bias ? task.bias + group * int64_t(to.tensors.size()) * written : nullptr;
+        const T* source =
+            task.bias ? task.bias + group * int64_t(to.tensors.size()) * written : nullptr;
         for (int64_t i = 0; i < bias_size; ++i)
           bias[i] = i % width < written ? source[i / width * written + i % width] : T(0);
       }
@@ -121,9 +128,12 @@ struct Batches {
     const int64_t tensors = sides[1].tensors.size();
     const int64_t theta_size = problem.plan.terms * in * padded(out), bias_size = tensors * out;
     Parameters<T> parameters{nullptr, nullptr};
-    for (int64_t run = begin; run < end; ++run) {
-      if (task.to_x.data)
-        parameters.blocks = blocks_of(problem, run / task.runs.runs_a_group, 1, workspace.blocks);
+    Single::reserve(task.program, workspace);
+    for (int64_t run = begin, group = -1; run < end; ++run) {
+      if (task.to_x.data && run / task.runs.runs_a_group != group) {
+        group = run / task.runs.runs_a_group;
+        parameters.blocks = blocks_of(problem, group, 1, workspace.blocks);
+      }
       T *to_theta = task.to_theta + run * theta_size, *to_bias = task.to_bias + run * bias_size;
       std::fill(to_theta, to_theta + theta_size, T(0));
       std::fill(to_bias, to_bias + bias_size, T(0));
@@ -146,16 +156,16 @@ struct Batches {
   }
 };
 
-#define WEIGHTOPS_EQUIVARIANT_ENTRY(suffix, attribute, bytes)                                  \
-  template <class T>                                                                           \
-  attribute void forward_##suffix(const ForwardTask<T>& task, int64_t begin, int64_t end,      \
-                                  Workspace<T>& workspace) {                                   \
-    Batches<T, bytes>::forward(task, begin, end, workspace);                                   \
-  }                                                                                            \
-  template <class T>                                                                           \
-  attribute void backward_##suffix(const BackwardTask<T>& task, int64_t begin, int64_t end,    \
-                                   Workspace<T>& workspace) {                                  \
-    Batches<T, bytes>::backward(task, begin, end, workspace);                                  \
+#define WEIGHTOPS_EQUIVARIANT_ENTRY(suffix, attribute, bytes)                               \
+  template <class T>                                                                        \
+  attribute void forward_##suffix(const ForwardTask<T>& task, int64_t begin, int64_t end,   \
+                                  Workspace<T>& workspace) {                                \
+    Batches<T, bytes>::forward(task, begin, end, workspace);                                \
+  }                                                                                         \
+  template <class T>                                                                        \
+  attribute void backward_##suffix(const BackwardTask<T>& task, int64_t begin, int64_t end, \
+                                   Workspace<T>& workspace) {                               \
+    Batches<T, bytes>::backward(task, begin, end, workspace);                               \
   }
 WEIGHTOPS_EQUIVARIANT_ENTRY(generic, , 16)
 #if WEIGHTOPS_X86

@@ -20,12 +20,12 @@ inline int64_t product(const Sizes& sizes) {
 // A diagonal of a tensor (no parent), or its parent with dimension `dropped` summed away.
 struct Node {
   int64_t tensor, parent, dropped;
-  bool whole = false;        // the tensor itself
-  Sizes dim_of_axis;         // without a parent: which dimension each axis of the tensor runs along
-  Sizes sizes, strides;      // strides in positions: of the tensor, or dense
+  bool whole = false;    // the tensor itself
+  Sizes dim_of_axis;     // without a parent: which dimension each axis of the tensor runs along
+  Sizes sizes, strides;  // strides in positions: of the tensor, or dense
   int64_t numel = 1;
-  int64_t slot = 0;          // where it lies among the nodes that need a buffer to be read from
-  int64_t write_slot = 0;    // ... to be written to
+  int64_t slot = 0;        // where it lies among the nodes that need a buffer to be read from
+  int64_t write_slot = 0;  // ... to be written to
   std::vector<int64_t> children;   // nodes that are this one with one dimension dropped
   std::vector<int64_t> diagonals;  // of a whole tensor
 };
@@ -48,7 +48,8 @@ struct Operand {
   bool operator==(const Operand& other) const { return node == other.node && dims == other.dims; }
 };
 
-// Every node is written by one operand at most; it is read once for each way of matching equal labels.
+// Every node is written by one operand at most; it is read once for each way of matching equal
+// labels.
 struct Type {
   Sizes sizes;
   std::vector<Operand> readers, writers;

@@ -1,14 +1,15 @@
-// A plan prepared for a pair of channel counts: where every operand of every type lies, as offsets that
-// are the same for all networks.
+// A plan prepared for a pair of channel counts: where every operand of every type lies, as offsets
+// that are the same for all networks.
 #pragma once
 
 #include "equivariant_plan.h"
 
 namespace weightops::equivariant {
 
-constexpr int64_t kDepth = 16;    // channels that a tile's product takes at a time
-constexpr int64_t kTile = 192;    // positions of a tile at most
-constexpr int64_t kShortRun = 24;  // runs below this are joined with the next dimension
+constexpr int64_t kDepth = 16;  // channels that a tile's product takes at a time
+constexpr int64_t kTile = 192;  // positions of a tile at most
+constexpr int64_t kShortRun =
+    64;  // runs below this are joined with the next dimension, or a part of it
 
 inline Sizes dense_strides(const Sizes& sizes) {
   Sizes strides(sizes.size(), 1);
@@ -62,7 +63,7 @@ struct Column {
 struct Step {
   Sizes outer_sizes;
   int64_t outer = 1, run = 1, tile = 1;
-  bool turns = false;  // an operand lies the other way round
+  bool turns = false;                   // an operand lies the other way round
   std::vector<Source> readers, others;  // others: what the targets stand for, to be read
   std::vector<Target> targets;
   std::vector<Column> columns;
@@ -71,22 +72,64 @@ struct Step {
 
 struct Program {
   const Plan* plan;
-  int reads;                         // which side
+  int reads;  // which side
   int64_t channels_read, channels_written, padded;
   std::vector<Step> steps;
   size_t max_readers = 0, max_targets = 0;
   bool mean, share;  // divide by sizes when reading, when broadcasting
 
-  Program(const Plan& plan, int reads, int64_t channels_read, int64_t channels_written, int64_t lanes);
+  Program(const Plan& plan, int reads, int64_t channels_read, int64_t channels_written,
+          int64_t lanes);
 };
 
 namespace detail {
 
+// How a type's positions become runs: trailing dimensions, the first of which may be split to get
+// there.
+struct Layout {
+  Sizes whole, sizes;  // before and after the split
+  size_t split = 0;    // dimension
+  int64_t factor = 1;  // its inner part
+  size_t outer_rank = 0;
+  int64_t run = 1;
+
+  explicit Layout(const Sizes& given) : whole(given), sizes(given), outer_rank(given.size()) {
+    while (outer_rank > 0 && run < kShortRun && run * sizes[outer_rank - 1] <= kTile)
+      run *= sizes[--outer_rank];
+    if (outer_rank == 0 || run >= kShortRun) return;
+    const int64_t size = sizes[outer_rank - 1];
+    if (outer_rank == sizes.size() && size > kTile) {  // one long dimension is a run already
+      run = sizes[--outer_rank];
+      return;
+    }
+    factor = std::min(size, kTile / run);
+    while (size % factor != 0) --factor;
+    if (factor == 1 && run >= 12) return;
+    if (factor == 1) factor = size;
+    split = outer_rank - 1;
+    run *= factor;
+    if (factor == size) {
+      --outer_rank;
+      factor = 1;
+      return;
+    }
+    sizes[split] = size / factor;
+    sizes.insert(sizes.begin() + split + 1, factor);
+  }
+
+  Sizes strides(Sizes given) const {
+    if (factor == 1) return given;
+    given.insert(given.begin() + split, given[split] * factor);
+    return given;
+  }
+};
+
 // Where a run of several dimensions is not even, or `tabled` is wanted anyway, it has a table.
-inline Place place(const Sizes& sizes, size_t outer_rank, int64_t offset, const Sizes& strides,
+inline Place place(const Layout& layout, int64_t offset, const Sizes& unsplit,
                    bool tabled = false) {
+  const Sizes &sizes = layout.sizes, strides = layout.strides(unsplit);
+  const size_t rank = sizes.size(), outer_rank = layout.outer_rank;
   Place place{offset, Sizes(strides.begin(), strides.begin() + outer_rank), 0, {}};
-  const size_t rank = sizes.size();
   if (rank == outer_rank) return place;
   place.stride = strides[rank - 1];
   bool even = true, still = place.stride == 0;
@@ -111,12 +154,12 @@ inline Sizes turned(const Sizes& strides, const Sizes& dims, int64_t scale) {
   return result;
 }
 
-inline Source source(const Side& side, const Operand& operand, const Sizes& sizes, size_t outer_rank,
+inline Source source(const Side& side, const Operand& operand, const Layout& layout,
                      int64_t channels) {
   const Node& node = side.nodes[operand.node];
   const bool whole = node.parent < 0;
   const int64_t offset = whole ? side.tensors[node.tensor].offset : node.slot;
-  return {whole, place(sizes, outer_rank, offset * channels, turned(node.strides, operand.dims, channels))};
+  return {whole, place(layout, offset * channels, turned(node.strides, operand.dims, channels))};
 }
 
 // Positions of a type at which all coordinates that share a dimension of `diagonal` agree.
@@ -139,8 +182,7 @@ inline void add_diagonal(Target& target, const Step& step, const Sizes& sizes, c
     int64_t position = 0;
     for (size_t dim = 0; dim < sizes.size(); ++dim)
       position += d / strides[shared[dim]] % diagonal.sizes[shared[dim]] * type_strides[dim];
-    found[position / step.run].push_back(
-        {position % step.run, (diagonal.write_slot + d) * padded});
+    found[position / step.run].push_back({position % step.run, (diagonal.write_slot + d) * padded});
   }
   target.diagonal.clear();
   target.diagonal_begin.assign(1, 0);
@@ -150,31 +192,32 @@ inline void add_diagonal(Target& target, const Step& step, const Sizes& sizes, c
   }
 }
 
-inline Target target(const Side& side, const Operand& operand, const Step& step, const Sizes& sizes,
-                     int64_t channels, int64_t padded, bool share) {
-  const size_t outer_rank = step.outer_sizes.size();
+inline Target target(const Side& side, const Operand& operand, const Step& step,
+                     const Layout& layout, int64_t channels, int64_t padded, bool share) {
   const Node& node = side.nodes[operand.node];
-  Target target{node.whole, {}, node.whole ? channels : padded, node.whole ? node.tensor * padded : -1, {}, {}, {}};
+  Target target{
+      node.whole, {}, node.whole ? channels : padded, node.whole ? node.tensor * padded : -1, {},
+      {},         {}};
   const int64_t offset = node.whole ? side.tensors[node.tensor].offset : node.write_slot;
   const Sizes strides = node.whole ? node.strides : dense_strides(node.sizes);
-  target.place = place(sizes, outer_rank, offset * target.width, turned(strides, operand.dims, target.width));
+  target.place = place(layout, offset * target.width, turned(strides, operand.dims, target.width));
   for (int64_t number : node.children) {
     const Node& child = side.nodes[number];
     Sizes spread = child.strides;
     spread.insert(spread.begin() + child.dropped, 0);
     target.addends.push_back(
-        {place(sizes, outer_rank, child.write_slot * padded, turned(spread, operand.dims, padded), true),
+        {place(layout, child.write_slot * padded, turned(spread, operand.dims, padded), true),
          share ? 1.0 / node.sizes[child.dropped] : 1.0});
   }
   for (int64_t number : node.diagonals)
-    add_diagonal(target, step, sizes, node, side.nodes[number], operand.dims, padded);
+    add_diagonal(target, step, layout.whole, node, side.nodes[number], operand.dims, padded);
   return target;
 }
 
 }  // namespace detail
 
-inline Program::Program(const Plan& plan, int reads, int64_t channels_read, int64_t channels_written,
-                        int64_t lanes)
+inline Program::Program(const Plan& plan, int reads, int64_t channels_read,
+                        int64_t channels_written, int64_t lanes)
     : plan(&plan),
       reads(reads),
       channels_read(channels_read),
@@ -186,22 +229,27 @@ inline Program::Program(const Plan& plan, int reads, int64_t channels_read, int6
   for (const Type& type : plan.types[reads]) {
     if (type.writers.empty() || product(type.sizes) == 0) continue;
     Step step;
-    size_t outer_rank = type.sizes.size();
-    while (outer_rank > 0 && step.run < kShortRun) step.run *= type.sizes[--outer_rank];
-    step.outer_sizes.assign(type.sizes.begin(), type.sizes.begin() + outer_rank);
+    const detail::Layout layout(type.sizes);
+    step.outer_sizes.assign(layout.sizes.begin(), layout.sizes.begin() + layout.outer_rank);
     step.outer = product(step.outer_sizes);
+    step.run = layout.run;
     step.terms = type.table;
-    // What a tile reads stays in the first-level cache; tiles are of a length, a multiple of 12 rows.
-    const int64_t a_row = type.readers.size() * ((channels_read + kDepth - 1) / kDepth) * kDepth * 4;
+    // What a tile reads stays in the first-level cache; tiles are of a length, a multiple of 12
+    // rows.
+    const auto row = [](size_t count, int64_t channels) {
+      return int64_t(count) * ((channels + kDepth - 1) / kDepth) * kDepth * 4;
+    };
+    const int64_t a_row = row(type.readers.size(), channels_read) +
+                          (reads == 1 ? row(type.writers.size(), channels_written) : 0);
     const int64_t most = std::clamp<int64_t>(16384 / std::max<int64_t>(1, a_row), 48, kTile);
     const int64_t tiles = (step.run + most - 1) / most;
     step.tile = std::min(most, ((step.run + tiles - 1) / tiles + 11) / 12 * 12);
     for (const Operand& operand : type.readers)
-      step.readers.push_back(detail::source(from, operand, type.sizes, outer_rank, channels_read));
+      step.readers.push_back(detail::source(from, operand, layout, channels_read));
     for (const Operand& operand : type.writers) {
-      step.others.push_back(detail::source(to, operand, type.sizes, outer_rank, channels_written));
+      step.others.push_back(detail::source(to, operand, layout, channels_written));
       step.targets.push_back(
-          detail::target(to, operand, step, type.sizes, channels_written, padded, share));
+          detail::target(to, operand, step, layout, channels_written, padded, share));
     }
     for (size_t w = 0; w < type.writers.size(); ++w)
       for (int64_t lane = 0; lane < padded; lane += lanes) {
@@ -213,9 +261,11 @@ inline Program::Program(const Plan& plan, int reads, int64_t channels_read, int6
           }
         step.columns.push_back(std::move(column));
       }
-    for (const Source& each : step.readers) step.turns |= each.whole && each.place.stride != channels_read;
-    for (const Target& each : step.targets) step.turns |= each.whole && each.place.stride != channels_written;
-    step.turns &= outer_rank > 0;
+    for (const Source& each : step.readers)
+      step.turns |= each.whole && each.place.stride != channels_read;
+    for (const Target& each : step.targets)
+      step.turns |= each.whole && each.place.stride != channels_written;
+    step.turns &= layout.outer_rank > 0;
     max_readers = std::max(max_readers, step.readers.size());
     max_targets = std::max(max_targets, step.targets.size());
     steps.push_back(std::move(step));

@@ -17,13 +17,22 @@
 
 namespace weightops::equivariant {
 
-// One factor of a tile's product: rows of up to kDepth channels times a block of as many rows. Rows are
-// kDepth apart, which lets the compiler address all of a tile from one register.
+// One factor of a tile's product: rows of up to kDepth channels times a block of as many rows. Rows
+// are kDepth apart, which lets the compiler address all of a tile from one register.
 template <class T>
 struct Factor {
   const T* rows;
   const T* block;
   int64_t channels;
+  const T* ahead;  // fetched meanwhile: rows that are wanted next, `ahead_stride` apart
+  int64_t ahead_stride;
+};
+
+// A vector of channels of a tile's rows, and where its products with others are added up.
+template <class T>
+struct Right {
+  const T* rows;
+  T* to;
 };
 
 // `Bytes` is the width of a vector. All is always_inline, to be compiled anew into each of the
@@ -61,8 +70,10 @@ struct Tile {
   static WEIGHTOPS_INLINE void sum_rows(const T* from, int64_t stride, int64_t count,
                                         int64_t length, T* to, bool accumulate, T scale) {
     int64_t l = 0;
-    for (; l + 4 * lanes <= length; l += 4 * lanes) sum_block<4>(from + l, stride, count, to + l, accumulate, scale);
-    for (; l + lanes <= length; l += lanes) sum_block<1>(from + l, stride, count, to + l, accumulate, scale);
+    for (; l + 4 * lanes <= length; l += 4 * lanes)
+      sum_block<4>(from + l, stride, count, to + l, accumulate, scale);
+    for (; l + lanes <= length; l += lanes)
+      sum_block<1>(from + l, stride, count, to + l, accumulate, scale);
     if (l == length) return;
     if (length == 1 && stride == 1) {
       Vector sum = {};
@@ -105,6 +116,7 @@ struct Tile {
 
   static constexpr int depth = kDepth;
   using Factor = equivariant::Factor<T>;
+  using Right = equivariant::Right<T>;
 
   // What a tile's product begins with, common + scale * rows[m], and where it goes.
   struct Frame {
@@ -116,8 +128,8 @@ struct Tile {
     int64_t out_stride;
   };
 
-  // out[m] = frame's rows[m] + sum over factors of rows[m] @ block, for `height` rows and a vector for
-  // each of `width` frames; the block of the second lies second[f] behind the first's.
+  // out[m] = frame's rows[m] + sum over factors of rows[m] @ block, for `height` rows and a vector
+  // for each of `width` frames; the block of the second lies second[f] behind the first's.
   template <int height, int width, bool streams>
   static WEIGHTOPS_INLINE void multiply(const Factor* factors, int64_t count, const int64_t* second,
                                         int64_t row, int64_t ld, const Frame* frames) {
@@ -134,7 +146,12 @@ struct Tile {
       const T* rows = factors[f].rows + row * depth;
       const T* block = factors[f].block;
       const int64_t other = width == 2 ? second[f] : 0;
+      const int64_t ahead_stride = factors[f].ahead_stride;
+      const T* ahead = factors[f].ahead + row * ahead_stride;
       for (const T* end = rows + factors[f].channels; rows != end; ++rows, block += ld) {
+#pragma GCC unroll 2
+        for (int p = 0; p < (height > depth ? 2 : 1); ++p, ahead += ahead_stride)
+          __builtin_prefetch(ahead);
         Vector b[width];
         b[0] = load(block);
         if constexpr (width == 2) b[1] = load(block + other);
@@ -158,11 +175,12 @@ struct Tile {
     }
   }
 
-  // Rows are covered by blocks of decreasing height; where it saves work the last one overlaps the one
-  // before, and writes the same again.
+  // Rows are covered by blocks of decreasing height; where it saves work the last one overlaps the
+  // one before, and writes the same again.
   template <int width, bool streams>
   static WEIGHTOPS_INLINE void multiply_rows(int64_t rows, const Factor* factors, int64_t count,
-                                             const int64_t* second, int64_t ld, const Frame* frames) {
+                                             const int64_t* second, int64_t ld,
+                                             const Frame* frames) {
     constexpr int tall = (Bytes == 64 ? 24 : 12) / width, half = tall / 2;
     int64_t row = 0;
     const auto step = [&](auto height) __attribute__((always_inline)) {
@@ -184,34 +202,48 @@ struct Tile {
     }
   }
 
-  // to[i] += sum over rows m of left[m][i] * right[m], i < height, one vector of right.
-  template <int height>
-  static WEIGHTOPS_INLINE void accumulate_outer(const T* left, const T* right, int64_t rows, T* to,
-                                                int64_t ld) {
-    Vector sum[height];
+  // right[v].to[i] += sum over rows m of left[m][i] * right[v].rows[m], i < height.
+  template <int height, int width>
+  static WEIGHTOPS_INLINE void accumulate_outer(const T* left, const Right* right, int64_t rows,
+                                                int64_t offset, int64_t ld, const T* ahead,
+                                                int64_t ahead_stride) {
+    Vector sum[height][width];
+#pragma GCC unroll 2
+    for (int v = 0; v < width; ++v)
 #pragma GCC unroll 32
-    for (int i = 0; i < height; ++i) sum[i] = load(to + i * ld);
-    for (int64_t m = 0; m < rows; ++m, left += depth, right += depth) {
-      const Vector b = load(right);
+      for (int i = 0; i < height; ++i) sum[i][v] = load(right[v].to + offset + i * ld);
+    for (int64_t m = 0; m < rows; ++m) {
+      __builtin_prefetch(ahead + m * ahead_stride);
+      Vector b[width];
+#pragma GCC unroll 2
+      for (int v = 0; v < width; ++v) b[v] = load(right[v].rows + m * depth);
 #pragma GCC unroll 32
-      for (int i = 0; i < height; ++i) sum[i] += b * left[i];
+      for (int i = 0; i < height; ++i)
+#pragma GCC unroll 2
+        for (int v = 0; v < width; ++v) sum[i][v] += b[v] * left[m * depth + i];
     }
+#pragma GCC unroll 2
+    for (int v = 0; v < width; ++v)
 #pragma GCC unroll 32
-    for (int i = 0; i < height; ++i) store(to + i * ld, sum[i]);
+      for (int i = 0; i < height; ++i) store(right[v].to + offset + i * ld, sum[i][v]);
   }
 
-  // The same for `channels` of left and `width` (padded) channels of right, both at most `depth`.
-  static WEIGHTOPS_INLINE void outer(const T* left, int64_t channels, const T* right, int64_t width,
-                                     int64_t rows, T* to, int64_t ld) {
-    constexpr int tall = Bytes == 64 ? 16 : 8;
-    for (int64_t v = 0; v < width; v += lanes) {
-      int64_t i = 0;
-      for (; i + tall <= channels; i += tall)
-        accumulate_outer<tall>(left + i, right + v, rows, to + i * ld + v, ld);
-      for (; i + 4 <= channels; i += 4)
-        accumulate_outer<4>(left + i, right + v, rows, to + i * ld + v, ld);
-      for (; i < channels; ++i) accumulate_outer<1>(left + i, right + v, rows, to + i * ld + v, ld);
-    }
+  // The same for all of up to `depth` channels of left; rows ahead are fetched meanwhile.
+  template <int width>
+  static WEIGHTOPS_INLINE void outer(const T* left, int64_t channels, const Right* right,
+                                     int64_t rows, int64_t ld, const T* ahead,
+                                     int64_t ahead_stride) {
+    constexpr int tall = (Bytes == 64 ? 16 : 8) / width;
+    int64_t i = 0;
+    for (; i + tall <= channels; i += tall)
+      accumulate_outer<tall, width>(left + i, right, rows, i * ld, ld, ahead,
+                                    i == 0 ? ahead_stride : 0);
+    for (; i + 2 <= channels; i += 2)
+      accumulate_outer<2, width>(left + i, right, rows, i * ld, ld, ahead,
+                                 i == 0 ? ahead_stride : 0);
+    if (i < channels)
+      accumulate_outer<1, width>(left + i, right, rows, i * ld, ld, ahead,
+                                 i == 0 ? ahead_stride : 0);
   }
 };
 

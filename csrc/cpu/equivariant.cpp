@@ -51,20 +51,26 @@ void check(const Plan& plan, const Tensor& x, const Tensor& theta, int side) {
 }
 
 template <class T>
-Tensor linear(Prepared& prepared, const Tensor& x, const Tensor& theta, const std::optional<Tensor>& bias,
-              bool transpose) {
+Tensor linear(Prepared& prepared, const Tensor& x, const Tensor& theta,
+              const std::optional<Tensor>& bias, bool transpose) {
   const Plan& plan = prepared.plan;
   const int reads = transpose ? 1 : 0;
-  const Problem<T> problem{plan, x.size(0), theta.size(0), {theta.size(2), theta.size(3)},
+  const Problem<T> problem{plan,
+                           x.size(0),
+                           theta.size(0),
+                           {theta.size(2), theta.size(3)},
                            static_cast<const T*>(theta.const_data_ptr())};
   const int64_t numel = plan.sides[1 - reads].numel, channels = problem.channels[1 - reads];
   Tensor out = torch::stable::new_empty(x, {x.size(0), numel, channels});
   const int64_t lanes = equivariant::vector_bytes() / sizeof(T);
   const auto program = prepared.program(reads, problem.channels[reads], channels, lanes);
   const bool stream = out.numel() * int64_t(sizeof(T)) >= kStreamBytes;
-  const ForwardTask<T> task{problem, batch_of<T>(x),
+  const ForwardTask<T> task{problem,
+                            batch_of<T>(x),
                             bias ? static_cast<const T*>(bias->const_data_ptr()) : nullptr,
-                            {static_cast<T*>(out.mutable_data_ptr()), numel * channels}, *program, stream};
+                            {static_cast<T*>(out.mutable_data_ptr()), numel * channels},
+                            *program,
+                            stream};
   if (x.size(0) > 0 && numel * channels > 0)
     torch::stable::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
       equivariant::forward(task, begin, end, workspace<T>());
@@ -73,12 +79,12 @@ Tensor linear(Prepared& prepared, const Tensor& x, const Tensor& theta, const st
 }
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> backward(Prepared& prepared, const Tensor& x, const Tensor& theta,
-                                            const Tensor& grad, bool need_x) {
+std::tuple<Tensor, Tensor, Tensor> backward(Prepared& prepared, const Tensor& x,
+                                            const Tensor& theta, const Tensor& grad, bool need_x) {
   const Plan& plan = prepared.plan;
   const int64_t in = theta.size(2), out = theta.size(3), groups = theta.size(0);
-  const Problem<T> problem{plan, x.size(0), groups, {in, out},
-                           static_cast<const T*>(theta.const_data_ptr())};
+  const Problem<T> problem{
+      plan, x.size(0), groups, {in, out}, static_cast<const T*>(theta.const_data_ptr())};
   const int64_t numel = plan.sides[0].numel, tensors = plan.sides[1].tensors.size();
   const int64_t lanes = equivariant::vector_bytes() / sizeof(T);
   const int64_t padded = (out + lanes - 1) / lanes * lanes;
@@ -96,30 +102,39 @@ std::tuple<Tensor, Tensor, Tensor> backward(Prepared& prepared, const Tensor& x,
   }
   const int64_t padded_size = plan.terms * in * padded;
   const auto program = prepared.program(1, out, in, lanes);
-  const Runs runs(x.size(0), groups, padded_size * sizeof(T));
+  const Runs runs(x.size(0), groups, x.numel() * sizeof(T), padded_size * sizeof(T));
   Workspace<T>& own = workspace<T>();
   T* theta_sums = own.gradients.get(runs.count() * (padded_size + bias_size));
   T* bias_sums = theta_sums + runs.count() * padded_size;
   const bool stream = to_x.numel() * int64_t(sizeof(T)) >= kStreamBytes;
-  const BackwardTask<T> task{problem, batch_of<T>(x), batch_of<T>(grad),
-                             {need_x ? static_cast<T*>(to_x.mutable_data_ptr()) : nullptr, numel * in},
-                             theta_sums, bias_sums, runs, *program, stream};
+  const BackwardTask<T> task{
+      problem,
+      batch_of<T>(x),
+      batch_of<T>(grad),
+      {need_x ? static_cast<T*>(to_x.mutable_data_ptr()) : nullptr, numel * in},
+      theta_sums,
+      bias_sums,
+      runs,
+      *program,
+      stream};
   torch::stable::parallel_for(0, runs.count(), 1, [&](int64_t begin, int64_t end) {
     equivariant::backward(task, begin, end, workspace<T>());
   });
   const int64_t rows = groups * plan.terms * in, a_group = plan.terms * in;
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrainBytes / (out * sizeof(T) * runs.runs_a_group)),
-                              [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const T* from = theta_sums + row / a_group * runs.runs_a_group * padded_size + row % a_group * padded;
-      T* to = theta_out + row * out;
-      std::copy(from, from + out, to);
-      for (int64_t run = 1; run < runs.runs_a_group; ++run) {
-        from += padded_size;
-        for (int64_t c = 0; c < out; ++c) to[c] += from[c];
-      }
-    }
-  });
+  torch::stable::parallel_for(
+      0, rows, std::max<int64_t>(1, kGrainBytes / (out * sizeof(T) * runs.runs_a_group)),
+      [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          const T* from =
+              theta_sums + row / a_group * runs.runs_a_group * padded_size + row % a_group * padded;
+          T* to = theta_out + row * out;
+          std::copy(from, from + out, to);
+          for (int64_t run = 1; run < runs.runs_a_group; ++run) {
+            from += padded_size;
+            for (int64_t c = 0; c < out; ++c) to[c] += from[c];
+          }
+        }
+      });
   std::fill(bias_out, bias_out + groups * bias_size, T(0));
   for (int64_t run = 0; run < runs.count(); ++run)
     for (int64_t i = 0; i < bias_size; ++i)
@@ -168,12 +183,14 @@ std::tuple<Tensor, Tensor, Tensor> equivariant_backward(const Tensor& x, const T
   check(prepared->plan, grad, theta, 1);
   STD_TORCH_CHECK(grad.size(0) == x.size(0), "equivariant: batches differ");
   const ScalarType given = x.scalar_type(), type = is_half(given) ? ScalarType::Float : given;
-  const Tensor features = networks(x, type), grads = networks(grad, type), blocks = dense(theta, type);
+  const Tensor features = networks(x, type), grads = networks(grad, type),
+               blocks = dense(theta, type);
   const auto found = type == ScalarType::Double
                          ? backward<double>(*prepared, features, blocks, grads, need_x)
                          : backward<float>(*prepared, features, blocks, grads, need_x);
   if (type == given) return found;
-  return {torch::stable::to(std::get<0>(found), given), torch::stable::to(std::get<1>(found), given),
+  return {torch::stable::to(std::get<0>(found), given),
+          torch::stable::to(std::get<1>(found), given),
           torch::stable::to(std::get<2>(found), given)};
 }
 

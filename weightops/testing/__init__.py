@@ -18,6 +18,7 @@ from weightops.testing.checks import (
 )
 from weightops.testing.problems import (
     Assign,
+    Equivariant,
     Networks,
     PermuteAxes,
     best_time,
@@ -44,6 +45,7 @@ __all__ = [
     "TRANSFORMS",
     "WEIGHT_SPACES",
     "Assign",
+    "Equivariant",
     "Function",
     "Networks",
     "PermuteAxes",

@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from weightops.ops.equivariant.plan import EquivariantPlan
 from weightops.spec import Permutations, WeightSpec
+from weightops.testing.specs import WEIGHT_SPACES
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,51 @@ class Assign:
         score, other = scores(), scores()
         noise = other - other.mean()
         return score, score + change * noise * (score.norm() / noise.norm())
+
+
+@dataclass(frozen=True)
+class Equivariant:
+    """An equivariant layer on a batch of networks of one of the :data:`WEIGHT_SPACES`."""
+
+    space: str
+    batch: int = 8
+    in_channels: int = 16
+    out_channels: int = 16
+    own: bool = False  # parameters of its own for every sample
+
+    def __str__(self) -> str:
+        own = " own theta" if self.own else ""
+        return f"{self.space} {self.in_channels}->{self.out_channels} B={self.batch}{own}"
+
+    @cached_property
+    def plan(self) -> EquivariantPlan:
+        return EquivariantPlan(WEIGHT_SPACES[self.space]())
+
+    @property
+    def bytes(self) -> int:
+        """Features read once and written once, in float32."""
+        return 4 * self.batch * self.plan.spec.numel * (self.in_channels + self.out_channels)
+
+    @property
+    def flops(self) -> int:
+        """Two a multiplication of channels, for every term at every position of its type."""
+        terms = sum(
+            prod(each.sizes) * sum(t >= 0 for row in each.table for t in row)
+            for each in self.plan.types
+        )
+        return 2 * self.batch * terms * self.in_channels * self.out_channels
+
+    def make(self, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """x, theta and bias."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device)
+
+        plan, lead = self.plan, (self.batch,) if self.own else ()
+        theta = normal(*lead, plan.num_terms, self.in_channels, self.out_channels)
+        x = normal(self.batch, plan.spec.numel, self.in_channels)
+        return x, theta / self.in_channels, normal(*lead, plan.num_biases, self.out_channels)
 
 
 def best_time(f: Callable[[], Any], seconds: float = 0.5) -> float:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import lru_cache
 from itertools import product
 from math import prod
-from string import ascii_lowercase
+from string import ascii_letters
 from typing import NamedTuple
 
 from weightops.spec import WeightSpec
@@ -157,7 +157,7 @@ def pair(output: Part, input: Part) -> tuple[Match, ...]:
 
 def term(output: Part, input: Part, match: Match) -> Term:
     """The readable form of one term."""
-    letter = iter([*ascii_lowercase, *(f"{c}{n}" for n in range(99) for c in ascii_lowercase)])
+    letter = iter(ascii_letters)
     into, out = [""] * len(input.axes), [""] * len(output.axes)
     for blocks in (
         *match.kept,

@@ -1,0 +1,133 @@
+"""equivariant_linear against its definition term by term, types grouped in torch, and nfn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from nfn.common import ArraySpec, NetworkSpec, WeightSpaceFeatures
+from nfn.layers import NPLinear
+from torch import Tensor
+
+import weightops
+from weightops.ops.equivariant import grouped, reference
+from weightops.ops.equivariant.plan import code_of
+from weightops.testing import WEIGHT_SPACES, Equivariant
+
+SPACES = tuple(WEIGHT_SPACES)
+LAYERS = [
+    *(Equivariant(space, 8, c, c) for space in SPACES for c in (16, 32)),
+    *(Equivariant(space, 32) for space in SPACES if space != "gru"),
+    *(Equivariant(space, 1) for space in SPACES),
+    *(Equivariant(space, 8, 1, 16) for space in SPACES),
+]
+# Term by term a GRU takes seconds a call, and Inductor minutes over its 2,058 terms.
+PEERS = ("copy_", "by-type", "per-term", "per-term-compiled", "nfn")
+PASSES = ("forward", "forward+backward")
+
+
+def by_type(x: Tensor, theta: Tensor, bias: Tensor, problem: Equivariant) -> Tensor:
+    return grouped.linear(x, theta[None], bias[None], code_of(problem.plan))
+
+
+def per_term(x: Tensor, theta: Tensor, bias: Tensor, problem: Equivariant) -> Tensor:
+    return reference.per_term(x, theta, bias, problem.plan)
+
+
+def nfn_layer(problem: Equivariant, x: Tensor) -> tuple[Callable, list[Tensor]]:
+    """nfn's layer on the same networks, channels first as it wants them, and its parameters."""
+    views = problem.plan.spec.unflatten(x.movedim(-1, 1))
+    tensors = [view.contiguous() for view in views.values()]
+    weights, biases = tensors[::2], tensors[1::2]
+    spec = NetworkSpec(
+        [ArraySpec(tuple(w.shape[2:])) for w in weights],
+        [ArraySpec(tuple(b.shape[2:])) for b in biases],
+    )
+    layer = NPLinear(spec, problem.in_channels, problem.out_channels)
+    return lambda: layer(WeightSpaceFeatures(weights, biases)), [*tensors, *layer.parameters()]
+
+
+@pytest.mark.parametrize("implementation", ["weightops", *PEERS])
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("problem", LAYERS, ids=str)
+def test_layer(problem: Equivariant, passes: str, implementation: str, measure, benchmark) -> None:
+    benchmark.group = f"equivariant {problem} {passes}"
+    backward = passes != "forward"
+    peer = implementation != "weightops"
+    if peer and (problem.batch != 8 or problem.in_channels != 16) and implementation != "copy_":
+        pytest.skip("peers are compared at 16 channels and 8 networks")
+    if implementation == "nfn" and problem.space not in ("mlp", "cnn"):
+        pytest.skip("nfn knows MLPs and CNNs")
+    if implementation == "per-term-compiled" and problem.space in ("gru", "transformer"):
+        pytest.skip("compiling takes minutes")
+    x, theta, bias = problem.make()
+    if implementation == "copy_":
+        if backward or problem.in_channels != problem.out_channels:
+            pytest.skip("the floor of these is counted, not copied")
+        out = torch.empty_like(x)
+        measure(lambda: out.copy_(x), problem.bytes)
+        return
+    leaves = [x, theta, bias]
+    if implementation == "nfn":
+        run, leaves = nfn_layer(problem, x)
+    elif implementation == "weightops":
+        run = lambda: weightops.equivariant_linear(x, theta, bias, problem.plan)  # noqa: E731
+    else:
+        f = by_type if implementation == "by-type" else per_term
+        if implementation.endswith("compiled"):
+            torch._dynamo.reset()
+            f = torch.compile(f)
+        run = lambda: f(x, theta, bias, problem)  # noqa: E731
+    for leaf in leaves:
+        leaf.requires_grad_(backward)
+    # A floor is what no layer can go without: x read and y written once, then three streams more.
+    work = {
+        "bytes_moved": int(problem.bytes * (2.5 if backward else 1)),
+        "flops": problem.flops * (3 if backward else 1),
+    }
+    y = run()
+    if implementation not in ("weightops", "nfn"):
+        ours = weightops.equivariant_linear(x, theta, bias, problem.plan)
+        torch.testing.assert_close(y, ours, rtol=1e-3, atol=1e-3)
+    if not backward:
+        with torch.no_grad():
+            measure(run, **work)
+        return
+    outs = [y] if isinstance(y, Tensor) else [*y.weights, *y.biases]
+    grads = [torch.ones_like(out) for out in outs]
+
+    def both() -> None:
+        y = run()
+        outs = [y] if isinstance(y, Tensor) else [*y.weights, *y.biases]
+        torch.autograd.grad(outs, leaves, grads)
+
+    measure(both, **work)
+
+
+@pytest.mark.parametrize("implementation", ["weightops", "shared-theta", "python-loop"])
+def test_own_theta(implementation: str, measure, benchmark) -> None:
+    """Thirty-two particles of a learned optimizer, each with its own parameters."""
+    benchmark.group = "equivariant 32 particles"
+    plan = weightops.EquivariantPlan(weightops.testing.labelled_mlp_spec(64, 32, 10))
+    x = torch.randn(32, plan.spec.numel, 32)
+    theta = torch.randn(32, plan.num_terms, 32, 32)
+    bias = torch.randn(32, plan.num_biases, 32)
+    layer = weightops.equivariant_linear
+    run = {
+        "weightops": lambda: layer(x, theta, bias, plan),
+        "shared-theta": lambda: layer(x, theta[0], bias[0], plan),
+        "python-loop": lambda: [
+            reference.per_term(x[i : i + 1], theta[i], bias[i], plan) for i in range(32)
+        ],
+    }[implementation]
+    measure(run, 2 * x.numel() * 4)
+
+
+def test_call(measure, benchmark) -> None:
+    """One call on a small network: 2,410 weights."""
+    benchmark.group = "equivariant call"
+    plan = weightops.EquivariantPlan(weightops.testing.labelled_mlp_spec(64, 32, 10))
+    x, theta = torch.randn(1, plan.spec.numel, 16), torch.randn(plan.num_terms, 16, 16)
+    bias = torch.randn(plan.num_biases, 16)
+    measure(lambda: weightops.equivariant_linear(x, theta, bias, plan))

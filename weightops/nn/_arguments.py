@@ -1,0 +1,74 @@
+"""What the layers share: checks of their arguments, one plan for equal layers, a walk over tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+from weakref import WeakValueDictionary
+
+from torch import Tensor
+
+from weightops import _check
+from weightops.ops.equivariant import EquivariantPlan
+from weightops.ops.equivariant.plan import Selection
+from weightops.spec import WeightSpec
+
+
+def is_spec(where: str, name: str, value: Any) -> None:
+    if not isinstance(value, WeightSpec):
+        raise TypeError(f"{where}: {name} must be a WeightSpec, not {_check.describe(value)}")
+
+
+def count(where: str, name: str, value: Any) -> None:
+    """``value`` must be an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{where}: {name} must be an integer, not {_check.describe(value)}")
+    if value < 1:
+        raise ValueError(f"{where}: {name} must be at least 1, not {value}")
+
+
+def number(where: str, name: str, value: Any, low: float, high: float) -> None:
+    """``value`` must be a number with ``low <= value < high``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{where}: {name} must be a number, not {_check.describe(value)}")
+    if not low <= value < high:
+        raise ValueError(f"{where}: {name} must be in [{low}, {high}), not {value}")
+
+
+def features(where: str, x: Any, spec: WeightSpec, channels: int | None = None) -> None:
+    """``x`` must be features ``[B, P, C]`` of ``spec``, with ``channels`` of them where given."""
+    _check.tensor(where, "x", x, "[B, P, C]", 3)
+    _check.floating(where, "x", x)
+    if x.shape[1] != spec.numel or channels not in (None, x.shape[2]):
+        expected = f"[B, {spec.numel}, {'C' if channels is None else channels}]"
+        raise ValueError(f"{where}: x must have shape {expected}, not {list(x.shape)}")
+
+
+def pieces(x: Tensor, spec: WeightSpec) -> Iterator[Tensor]:
+    """The tensors' views ``[B, n, C]`` of features ``[B, P, C]``, those without weights included."""
+    for shape, offset in zip(spec.shapes.values(), spec.offsets.values(), strict=True):
+        yield x.narrow(1, offset, prod(shape))
+
+
+def plan_of(
+    spec: WeightSpec,
+    spec_out: WeightSpec | None,
+    *,
+    fixed: str,
+    terms: Selection,
+    normalize: str,
+) -> EquivariantPlan:
+    """The plan of these options: the same object for as long as a layer of ``spec`` holds it."""
+    is_spec("EquivariantLinear", "spec", spec)
+    plans = spec._cache.setdefault("equivariant", WeakValueDictionary())
+    try:
+        key: Any = (spec_out or spec, fixed, terms, normalize)
+        plan = plans.get(key)
+    except TypeError:  # something that no plan accepts, or a predicate that can't be hashed
+        key = plan = None
+    if plan is None:
+        plan = EquivariantPlan(spec, spec_out, fixed=fixed, terms=terms, normalize=normalize)
+        if key is not None:
+            plans[key] = plan
+    return plan
