@@ -359,7 +359,10 @@ struct Network {
             factors[count] = {rows[r] + k * span.pitch,
                               job.parameters.blocks + columns->blocks[f] + k * program.padded,
                               std::min<int64_t>(depth, own - k), rows[r], 0};
-            if (c == 0 && step.readers[r].whole && step.readers[r].place.table.empty()) {
+            // Spread over the columns: lines come more slowly than products are done.
+            const int64_t pairs = (step.columns.size() + 1) / 2;
+            if (int64_t(c / 2) % pairs == count % pairs && step.readers[r].whole &&
+                step.readers[r].place.table.empty()) {
               factors[count].ahead = ahead_of(step.readers[r].place, job.from, span) + k;
               factors[count].ahead_stride = step.readers[r].place.stride;
             }
@@ -415,15 +418,19 @@ struct Network {
         const Place& place = step.others[o].place;
         const bool fetches = step.others[o].whole && place.table.empty();
         const T* ahead = fetches ? ahead_of(place, *job.outer->other, span) + i : left;
-        const int64_t channels = std::min<int64_t>(depth, other - i);
+        const int64_t channels = std::min<int64_t>(depth, other - i),
+                      rows_ahead = fetches ? span.size() : 0;
         for (int64_t f = 0; f < found; f += 2) {
-          const int64_t ahead_stride = fetches && f == 0 ? place.stride : 0;
+          // As above, a share of the lines with every product.
+          for (int64_t m = rows_ahead * f / found; m < rows_ahead * std::min(f + 2, found) / found;
+               ++m)
+            __builtin_prefetch(ahead + m * place.stride);
           if (f + 1 < found)
             Arithmetic::template outer<2>(left + i * span.pitch, channels, right + f, span.size(),
-                                          ld, ahead, ahead_stride);
+                                          ld);
           else
             Arithmetic::template outer<1>(left + i * span.pitch, channels, right + f, span.size(),
-                                          ld, ahead, ahead_stride);
+                                          ld);
         }
       }
     }

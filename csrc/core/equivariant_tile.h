@@ -205,15 +205,13 @@ struct Tile {
   // right[v].to[i] += sum over rows m of left[m][i] * right[v].rows[m], i < height.
   template <int height, int width>
   static WEIGHTOPS_INLINE void accumulate_outer(const T* left, const Right* right, int64_t rows,
-                                                int64_t offset, int64_t ld, const T* ahead,
-                                                int64_t ahead_stride) {
+                                                int64_t offset, int64_t ld) {
     Vector sum[height][width];
 #pragma GCC unroll 2
     for (int v = 0; v < width; ++v)
 #pragma GCC unroll 32
       for (int i = 0; i < height; ++i) sum[i][v] = load(right[v].to + offset + i * ld);
     for (int64_t m = 0; m < rows; ++m) {
-      __builtin_prefetch(ahead + m * ahead_stride);
       Vector b[width];
 #pragma GCC unroll 2
       for (int v = 0; v < width; ++v) b[v] = load(right[v].rows + m * depth);
@@ -228,22 +226,16 @@ struct Tile {
       for (int i = 0; i < height; ++i) store(right[v].to + offset + i * ld, sum[i][v]);
   }
 
-  // The same for all of up to `depth` channels of left; rows ahead are fetched meanwhile.
+  // The same for all of up to `depth` channels of left.
   template <int width>
   static WEIGHTOPS_INLINE void outer(const T* left, int64_t channels, const Right* right,
-                                     int64_t rows, int64_t ld, const T* ahead,
-                                     int64_t ahead_stride) {
+                                     int64_t rows, int64_t ld) {
     constexpr int tall = (Bytes == 64 ? 16 : 8) / width;
     int64_t i = 0;
     for (; i + tall <= channels; i += tall)
-      accumulate_outer<tall, width>(left + i, right, rows, i * ld, ld, ahead,
-                                    i == 0 ? ahead_stride : 0);
-    for (; i + 2 <= channels; i += 2)
-      accumulate_outer<2, width>(left + i, right, rows, i * ld, ld, ahead,
-                                 i == 0 ? ahead_stride : 0);
-    if (i < channels)
-      accumulate_outer<1, width>(left + i, right, rows, i * ld, ld, ahead,
-                                 i == 0 ? ahead_stride : 0);
+      accumulate_outer<tall, width>(left + i, right, rows, i * ld, ld);
+    for (; i + 2 <= channels; i += 2) accumulate_outer<2, width>(left + i, right, rows, i * ld, ld);
+    if (i < channels) accumulate_outer<1, width>(left + i, right, rows, i * ld, ld);
   }
 };
 
