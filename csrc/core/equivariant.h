@@ -128,8 +128,10 @@ struct Network {
     }
   }
 
-  // All nodes of a side that are sums, each tensor read once from memory.
-  static WEIGHTOPS_INLINE void pool(const Features<T>& from, bool mean) {
+  // All nodes of a side that are sums, each tensor read once from memory. Sums over one index of a
+  // `streamed` tensor are there already, but for the division.
+  static WEIGHTOPS_INLINE void pool(const Features<T>& from, bool mean,
+                                    const std::vector<char>* streamed = nullptr) {
     const auto& nodes = from.side->nodes;
     const auto scale = [&](int64_t size) { return mean ? T(1) / T(size) : T(1); };
     for (size_t number = 0; number < nodes.size(); ++number) {
@@ -139,6 +141,14 @@ struct Network {
         for (int64_t child : node.children)
           std::fill_n(from.sums + nodes[child].slot * from.channels,
                       nodes[child].numel * from.channels, T(0));
+        continue;
+      }
+      if (streamed && node.whole && (*streamed)[node.tensor]) {
+        for (int64_t child : node.children) {
+          T* sums = from.sums + nodes[child].slot * from.channels;
+          for (int64_t i = 0; mean && i < nodes[child].numel * from.channels; ++i)
+            sums[i] *= scale(node.sizes[nodes[child].dropped]);
+        }
         continue;
       }
       const View source = view(from, number);
@@ -320,7 +330,38 @@ struct Network {
   struct Outer {
     const Features<T>* other;
     T* gradient;  // [term, channels of other, padded channels of from]
+    bool sums;    // whether other's sums are taken on the way
   };
+
+  // Adds a chunk of a tile's rows to the slots of their sum.
+  static WEIGHTOPS_INLINE void add_to_sum(const T* rows, const Place& place, const Span& span,
+                                          int64_t channels, T* sums) {
+    constexpr int depth = kDepth;
+    T* to = sums + at(place, span.at);
+    if (channels < depth) {
+      for (int64_t m = 0; m < span.size(); ++m)
+        for (int64_t k = 0; k < channels; ++k)
+          to[place.along(span.begin + m) + k] += rows[m * depth + k];
+      return;
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < depth; v += lanes) {
+      if (!place.moves()) {
+        Arithmetic::sum_rows(rows + v, depth, span.size(), lanes, to + v, true, T(1));
+        continue;
+      }
+      const auto add = [&](T* sum, const T* row) __attribute__((always_inline)) {
+        Arithmetic::store(sum, Arithmetic::load(sum) + Arithmetic::load(row));
+      };
+      const int64_t* table = place.table.empty() ? nullptr : place.table.data() + span.begin;
+      T* even = to + span.begin * place.stride + v;
+      if (table)
+        for (int64_t m = 0; m < span.size(); ++m) add(to + table[m] + v, rows + m * depth + v);
+      else
+        for (int64_t m = 0; m < span.size(); ++m)
+          add(even + m * place.stride, rows + m * depth + v);
+    }
+  }
 
   // What all tiles of one network share.
   struct Job {
@@ -409,6 +450,10 @@ struct Network {
       const T* left =
           rows_of(step.others[o], *job.outer->other, span, other_packed + o * other_rows);
       for (int64_t i = 0; i < other; i += depth) {
+        if (job.outer->sums)
+          for (const Place& sum : step.others[o].sums)
+            add_to_sum(left + i * span.pitch, sum, span, std::min<int64_t>(depth, other - i),
+                       job.outer->other->sums + i);
         int64_t found = 0;
         for (size_t r = 0; r < step.readers.size(); ++r)
           if (const int64_t t = step.terms[r * count + o]; t >= 0)
@@ -474,9 +519,34 @@ struct Network {
     workspace.right.get(program.max_readers * rows(program.channels_read) / kTile);
   }
 
-  // out = layer(from), and outer besides.
+  // out = layer(from).
   static WEIGHTOPS_INLINE void run(const Job& job) {
     for (const Step& step : job.program.steps) run_step(job, step);
+  }
+
+  // out = layer(from), which may be left out, and the parameters' gradient, for which `other` is
+  // read once: what is not a whole tensor waits for the sums that are taken meanwhile.
+  static WEIGHTOPS_INLINE void run_backward(const Job& job, const Features<T>& other, bool mean,
+                                            T* gradient) {
+    const Program& program = job.program;
+    for (const Node& node : other.side->nodes)
+      if (node.whole && program.streamed[node.tensor])
+        for (int64_t child : node.children) {
+          const Node& sum = other.side->nodes[child];
+          std::fill_n(other.sums + sum.slot * other.channels, sum.numel * other.channels, T(0));
+        }
+    const Outer now{&other, gradient, true}, later{&other, gradient, false};
+    for (const Step& step : program.steps)
+      if (job.out && !step.streams) run_step(job, step);
+    for (const Step& step : program.steps)
+      if (step.streams)
+        run_step({program, job.from, job.parameters, job.out, job.stream, job.workspace, &now},
+                 step);
+    pool(other, mean, &program.streamed);
+    for (const Step& step : program.steps)
+      if (!step.streams)
+        run_step({program, job.from, job.parameters, nullptr, job.stream, job.workspace, &later},
+                 step);
   }
 };
 

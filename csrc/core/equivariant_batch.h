@@ -142,11 +142,11 @@ struct Batches {
                             workspace.sums[0].get(sides[0].slots * in)};
         const Features<T> grad{&sides[1], task.grad.data + b * task.grad.stride, out,
                                workspace.sums[1].get(sides[1].slots * out)};
-        Single::pool(x, problem.plan.mean);
         Single::pool(grad, false);
-        const typename Single::Outer outer{&x, to_theta};
         T* to_x = task.to_x.data ? task.to_x.data + b * task.to_x.stride : nullptr;
-        Single::run({task.program, grad, parameters, to_x, task.stream, workspace, &outer});
+        Single::run_backward(
+            {task.program, grad, parameters, to_x, task.stream, workspace, nullptr}, x,
+            problem.plan.mean, to_theta);
         for (int64_t t = 0; t < tensors; ++t) {
           const T* sum = Single::view(grad, sides[1].tensors[t].mean).data;
           for (int64_t c = 0; c < out; ++c) to_bias[t * out + c] += sum[c];

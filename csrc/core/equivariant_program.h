@@ -31,6 +31,7 @@ struct Place {
 struct Source {
   bool whole;  // in the features themselves, not among what was summed from them
   Place place;
+  std::vector<Place> sums;  // of a whole tensor: where its positions are summed, in the slots
 };
 
 struct Addend {
@@ -63,7 +64,9 @@ struct Column {
 struct Step {
   Sizes outer_sizes;
   int64_t outer = 1, run = 1, tile = 1;
-  bool turns = false;                   // an operand lies the other way round
+  bool turns = false;  // an operand lies the other way round
+  // Targets are whole tensors only: their sums can be taken while they are read for other reasons.
+  bool streams = false;
   std::vector<Source> readers, others;  // others: what the targets stand for, to be read
   std::vector<Target> targets;
   std::vector<Column> columns;
@@ -76,7 +79,8 @@ struct Program {
   int64_t channels_read, channels_written, padded;
   std::vector<Step> steps;
   size_t max_readers = 0, max_targets = 0;
-  bool mean, share;  // divide by sizes when reading, when broadcasting
+  bool mean, share;            // divide by sizes when reading, when broadcasting
+  std::vector<char> streamed;  // tensors of the targets' side that are in steps that stream
 
   Program(const Plan& plan, int reads, int64_t channels_read, int64_t channels_written,
           int64_t lanes);
@@ -159,7 +163,17 @@ inline Source source(const Side& side, const Operand& operand, const Layout& lay
   const Node& node = side.nodes[operand.node];
   const bool whole = node.parent < 0;
   const int64_t offset = whole ? side.tensors[node.tensor].offset : node.slot;
-  return {whole, place(layout, offset * channels, turned(node.strides, operand.dims, channels))};
+  Source source{
+      whole, place(layout, offset * channels, turned(node.strides, operand.dims, channels)), {}};
+  if (node.whole)
+    for (int64_t number : node.children) {
+      const Node& child = side.nodes[number];
+      Sizes spread = child.strides;
+      spread.insert(spread.begin() + child.dropped, 0);
+      source.sums.push_back(
+          place(layout, child.slot * channels, turned(spread, operand.dims, channels), true));
+    }
+  return source;
 }
 
 // Positions of a type at which all coordinates that share a dimension of `diagonal` agree.
@@ -226,6 +240,7 @@ inline Program::Program(const Plan& plan, int reads, int64_t channels_read,
       mean(plan.mean && reads == 0),
       share(plan.mean && reads == 1) {
   const Side &from = plan.sides[reads], &to = plan.sides[1 - reads];
+  streamed.assign(to.tensors.size(), 0);
   for (const Type& type : plan.types[reads]) {
     if (type.writers.empty() || product(type.sizes) == 0) continue;
     Step step;
@@ -266,6 +281,11 @@ inline Program::Program(const Plan& plan, int reads, int64_t channels_read,
     for (const Target& each : step.targets)
       step.turns |= each.whole && each.place.stride != channels_written;
     step.turns &= layout.outer_rank > 0;
+    // With more indices there are more sums, which then cost more than reading twice.
+    step.streams = type.sizes.size() == 2;
+    for (const Target& each : step.targets) step.streams &= each.whole;
+    if (step.streams)
+      for (const Operand& operand : type.writers) streamed[to.nodes[operand.node].tensor] = 1;
     max_readers = std::max(max_readers, step.readers.size());
     max_targets = std::max(max_targets, step.targets.size());
     steps.push_back(std::move(step));
