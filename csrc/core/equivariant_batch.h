@@ -114,7 +114,7 @@ struct Batches {
       }
       const Features<T> features{&from, task.x.data + b * task.x.stride, program.channels_read,
                                  workspace.sums[0].get(from.slots * program.channels_read)};
-      Single::pool(features, program.mean);
+      Single::Pooling::pool(features, program.mean);
       Single::run({program, features, parameters, task.out.data + b * task.out.stride, task.stream,
                    workspace, nullptr});
     }
@@ -142,13 +142,13 @@ struct Batches {
                             workspace.sums[0].get(sides[0].slots * in)};
         const Features<T> grad{&sides[1], task.grad.data + b * task.grad.stride, out,
                                workspace.sums[1].get(sides[1].slots * out)};
-        Single::pool(grad, false);
+        Single::Pooling::pool(grad, false);
         T* to_x = task.to_x.data ? task.to_x.data + b * task.to_x.stride : nullptr;
         Single::run_backward(
             {task.program, grad, parameters, to_x, task.stream, workspace, nullptr}, x,
             problem.plan.mean, to_theta);
         for (int64_t t = 0; t < tensors; ++t) {
-          const T* sum = Single::view(grad, sides[1].tensors[t].mean).data;
+          const T* sum = Single::Pooling::view(grad, sides[1].tensors[t].mean).data;
           for (int64_t c = 0; c < out; ++c) to_bias[t * out + c] += sum[c];
         }
       }
