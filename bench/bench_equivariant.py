@@ -23,7 +23,6 @@ LAYERS = [
     *(Equivariant(space, 1) for space in SPACES),
     *(Equivariant(space, 8, 1, 16) for space in SPACES),
 ]
-# Term by term a GRU takes seconds a call, and Inductor minutes over its 2,058 terms.
 PEERS = ("copy_", "by-type", "per-term", "per-term-compiled", "nfn")
 PASSES = ("forward", "forward+backward")
 
@@ -60,8 +59,10 @@ def test_layer(problem: Equivariant, passes: str, implementation: str, measure, 
         pytest.skip("peers are compared at 16 channels and 8 networks")
     if implementation == "nfn" and problem.space not in ("mlp", "cnn"):
         pytest.skip("nfn knows MLPs and CNNs")
-    if implementation == "per-term-compiled" and problem.space in ("gru", "transformer"):
+    if implementation == "per-term-compiled" and (backward or problem.space not in ("mlp", "rnn")):
         pytest.skip("compiling takes minutes")
+    if implementation == "per-term" and backward and problem.space in ("gru", "transformer"):
+        pytest.skip("what it saves for its gradient takes 120 and 12 GB")
     x, theta, bias = problem.make()
     if implementation == "copy_":
         if backward or problem.in_channels != problem.out_channels:
