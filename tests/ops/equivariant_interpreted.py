@@ -116,7 +116,7 @@ def test_between_two_specs() -> None:
     check(EquivariantPlan(specs.rnn_spec(3, 4, 2), out))
 
 
-@pytest.mark.parametrize("channels", [(1, 16), (17, 1), (3, 70), (70, 3), (16, 16)])
+@pytest.mark.parametrize("channels", [(1, 70), (70, 1), (17, 16)])
 def test_channels_in_float32(channels: tuple[int, int]) -> None:
     check(
         EquivariantPlan(specs.rnn_spec(1, 3, 2), terms="local"),

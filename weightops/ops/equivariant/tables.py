@@ -194,9 +194,15 @@ class _Reading:
         rank = max((len(kept[0]) for _, kept, _ in records), default=0)
         dropped = max((len(over[0]) for _, _, over in records), default=0)
         table = [
-            [*head, *_front(kept[0], rank, 1), *_front(kept[1], rank, 0)]
-            + [*_front(over[0], dropped, 1), *_front(over[1], dropped, 0)]
-            for head, kept, over in records
+            [value for group in groups for value in group]
+            for groups in (
+                (
+                    head,
+                    *(_front(kept[i], rank, 1 - i) for i in (0, 1)),
+                    *(_front(over[i], dropped, 1 - i) for i in (0, 1)),
+                )
+                for head, kept, over in records
+            )
         ]
         items = _tiles([head[0] for head, _, _ in records], samples, pool_block(channels)[0])
         return Launch(_device(table, device), _device(items, device), rank, dropped)
@@ -228,7 +234,7 @@ def _steps(plan: Decoded, transpose: bool) -> list[_Step]:
         table = [numbers[i : i + width] for i in range(0, len(numbers), width)]
         readers, writers = list(each.readers), list(each.writers)
         if transpose:
-            own = {node: dims for node, dims in reversed(readers)}
+            own = dict(reversed(readers))  # of each node the first
             places = {operand: w for w, operand in enumerate(own.items())}
             entries: dict[tuple[Operand, int], int] = {}
             for (node, dims), row in zip(each.readers, table, strict=True):
@@ -403,7 +409,7 @@ def layer(
     """The launches of a layer, or of its transpose, from ``reads`` to ``writes`` channels."""
     plan = decode(code)
     source, target = (plan.outputs, plan.inputs) if transpose else (plan.inputs, plan.outputs)
-    steps = [step for step in _steps(plan, transpose) if prod(step.sizes)]
+    steps = [step for step in _steps(plan, transpose) if 0 not in step.sizes]
     reading = _Reading(source, _nodes(plan, transpose), transpose)
     writing = _Writing(target, steps)
     parts = [_narrow(step, [n not in writing.biases for n, _ in step.writers]) for step in steps]
@@ -411,7 +417,7 @@ def layer(
     mixed = {number for step in steps for number, _ in step.writers}
     for number in target.wholes:
         sizes = target.nodes[number].sizes
-        if number not in mixed and prod(sizes):
+        if number not in mixed and 0 not in sizes:
             wholes.append(_Step(sizes, (), ((number, tuple(range(len(sizes)))),), ()))
     launches, columns = [], []
     for which, block in ((parts, PART_ROWS), (wholes, ROWS)):
@@ -454,8 +460,11 @@ def gradient(
             rooms = [(reading.rooms[number], dims) for number, dims in listed]
             operands.append(
                 [
-                    [int(room.whole), room.offset]
-                    + _front([room.strides[d] for d in dims], rank, 0)
+                    [
+                        int(room.whole),
+                        room.offset,
+                        *_front([room.strides[d] for d in dims], rank, 0),
+                    ]
                     for room, dims in rooms
                 ]
             )
@@ -467,8 +476,7 @@ def gradient(
             continue
         chunks = range(0, w, at_once)
         wanted = max(1, _PROGRAMS // (r * len(chunks) * groups), -(-rows // _CHUNK))
-        share = -(-(-(-rows // wanted)) // ROWS) * ROWS
-        share = max(share, 4 * ROWS)
+        share = max(4, -(-rows // (wanted * ROWS))) * ROWS
         begins = range(0, rows, share)
         for i, row in enumerate(step.table):
             for j, number in enumerate(row):

@@ -6,6 +6,8 @@ bfloat16 features the products are TF32's, exact on what is read, with float32 f
 ``torch.set_float32_matmul_precision`` allows less.
 """
 
+# What Triton compiles has no Python types.
+# mypy: disable-error-code="no-untyped-def,assignment"
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -310,7 +312,7 @@ def backward(
                 len(told.outer.items), batch // groups, told.blocks,
                 x.shape[1], told.reads.rows, grad.shape[1], told.writes.rows,
                 c_in, c_out, depth, tables.lanes(c_out), tables.ROWS, columns, tables.OUTER_HEAD,
-                told.outer.rank, _precision(x), _TYPES[wide], **_options(depth * columns, told.outer.rank, wide),
+                told.outer.rank, _precision(x), _TYPES[wide], **_options(wide, columns, told.outer.rank, min(c_in, c_out)),
             )  # fmt: skip
         to_theta = theta.new_empty(theta.shape)
         if num_terms:
@@ -318,7 +320,7 @@ def backward(
             width = min(1024, tables.lanes(size))
             gather[groups * num_terms, -(-size // width)](
                 blocks, to_theta, told.terms, num_terms, told.blocks, size, width, _TYPES[wide],
-                **_options(0, 0, torch.float32),
+                **_options(wide),
             )  # fmt: skip
         means = grad_sums[:, : facts.num_biases]
         to_bias = means.unflatten(0, (groups, batch // groups)).sum(1).to(theta.dtype)
@@ -328,9 +330,12 @@ def backward(
     return to_x, to_theta, to_bias
 
 
-def _options(product: int, rank: int, wide: torch.dtype) -> dict[str, Any]:
+def _options(
+    wide: torch.dtype, columns: int = 0, rank: int = 0, channels: int = 16
+) -> dict[str, Any]:
     """How a kernel is compiled: with more threads where the registers of fewer would not do."""
-    warps = 8 if product >= 1024 or rank > 2 or wide is torch.float64 else 4
+    scattered = rank > 2 and channels < 16
+    warps = 8 if columns == 64 or scattered or wide is torch.float64 else 4
     # Loops are short, so pipelining them gains nothing and costs registers. Fusion is Triton's default
     # until 3.10 and is to stay.
     return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
@@ -379,7 +384,7 @@ def _sum(x: Tensor, told: tables.Sums, wide: torch.dtype) -> Tensor:
             pool[len(launch.items), -(-channels // block[2])](
                 source, sums, launch.table, launch.items, x.shape[0], source.shape[1], told.rows,
                 channels, *block, launch.rank, launch.extra, _TYPES[wide],
-                **_options(0, 0, wide),
+                **_options(wide),
             )  # fmt: skip
     return sums
 
@@ -407,7 +412,7 @@ def _layer(
     mixed = x.new_empty(batch, told.mixed_rows, writes, dtype=wide)
     y = x.new_empty(batch, facts.numel_in if transpose else facts.numel_out, writes)
     for whole, out in ((False, mixed), (True, y)):
-        launch, columns = told[1 + whole], told.columns[whole]
+        launch, columns = (told.parts, told.wholes)[whole], told.columns[whole]
         if not len(launch.items):
             continue
         mix[groups * len(launch.items), _lane_blocks(writes, columns)](
@@ -418,6 +423,6 @@ def _layer(
             reads, writes, _depth(reads), tables.lanes(writes),
             tables.ROWS if whole else tables.PART_ROWS, columns, tables.HEAD, launch.rank,
             whole, bias is not None, bool(launch.extra), transpose, _precision(x), _TYPES[wide],
-            **_options(_depth(reads) * columns, launch.rank, wide),
+            **_options(wide, columns, launch.rank, min(reads, writes)),
         )  # fmt: skip
     return y
