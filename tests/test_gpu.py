@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 
 import weightops
-from weightops import _load, testing
+from weightops import EquivariantPlan, _load, info, testing
+from weightops.ops.equivariant import grouped
+from weightops.ops.equivariant.plan import code_of
 from weightops.ops.permute import reference
 from weightops.ops.permute.plan import plan
 
@@ -141,3 +143,79 @@ def test_assign_and_bad_input() -> None:
         weightops.permute_axes(x, [index])
     with pytest.raises(ValueError, match=r"perms\[0\] is on cpu, but x is on cuda"):
         weightops.permute_axes(x, [index.cpu()])
+
+
+def test_equivariant_layers_are_served_by_triton() -> None:
+    for name in ("equivariant_linear", "equivariant_backward"):
+        assert info.collect()["ops"][name]["cuda"] == "Triton"
+
+
+@pytest.mark.parametrize("space", ["mlp", "cnn", "rnn", "transformer", "gru"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.bfloat16, 2e-2), (torch.float32, 1e-5), (torch.float64, 1e-12)],
+    ids=str,
+)
+def test_equivariant_layers_equal_float64(space: str, dtype: torch.dtype, tolerance: float) -> None:
+    plan = EquivariantPlan(testing.WEIGHT_SPACES[space]())
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        made = torch.randn(*shape, generator=generator, device="cuda", dtype=torch.float64) * scale
+        return made.to(dtype).requires_grad_()
+
+    x, theta = normal(4, plan.spec.numel, 16), normal(plan.num_terms, 16, 16, scale=0.05)
+    bias, grad = normal(plan.num_biases, 16), normal(4, plan.spec.numel, 16).detach()
+    y = weightops.equivariant_linear(x, theta, bias, plan)
+    given = [y, *torch.autograd.grad(y, (x, theta, bias), grad)]
+    arguments = [each.detach().double() for each in (x, theta[None], bias[None])]
+    code = code_of(plan)
+    expected = [grouped.linear(*arguments, code)]
+    expected += grouped.backward(arguments[0], arguments[1], grad.double(), code, True)
+    for got, wanted in zip(given, expected, strict=True):
+        error = (got.double() - wanted.reshape(got.shape)).abs().max()
+        assert error <= tolerance * wanted.abs().max()
+
+
+@pytest.mark.parametrize("channels", [(1, 16), (32, 1), (70, 3), (64, 64)], ids=str)
+def test_equivariant_layers_of_any_channels_and_own_parameters(channels: tuple[int, int]) -> None:
+    plan = EquivariantPlan(testing.rnn_spec(4, 20, 3))
+    c_in, c_out = channels
+    x = torch.randn(6, plan.spec.numel, c_in, device="cuda", dtype=torch.float64)
+    grad = torch.randn(6, plan.spec.numel, c_out, device="cuda", dtype=torch.float64)
+    theta = torch.randn(3, plan.num_terms, c_in, c_out, device="cuda", dtype=torch.float64)
+    code = code_of(plan)
+    raw = torch.ops.weightops
+    given = [
+        raw.equivariant_linear(x, theta, None, code),
+        *raw.equivariant_backward(x, theta, grad, code, True),
+    ]
+    expected = [grouped.linear(x, theta, None, code), *grouped.backward(x, theta, grad, code, True)]
+    for got, wanted in zip(given, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_equivariant_layers_replay_and_repeat() -> None:
+    plan = EquivariantPlan(testing.rnn_spec())
+    x = torch.randn(3, plan.spec.numel, 16, device="cuda")
+    theta = torch.randn(plan.num_terms, 16, 16, device="cuda")
+    expected = weightops.equivariant_linear(x, theta, None, plan)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = weightops.equivariant_linear(x, theta, None, plan)
+    out.zero_()
+    graph.replay()
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+def test_features_of_a_whole_population_beyond_32_bits() -> None:
+    if torch.cuda.mem_get_info()[0] < 60 << 30:
+        pytest.skip("needs 60 GiB")
+    plan = EquivariantPlan(testing.labelled_mlp_spec(784, 128, 128, 10))
+    batch = 2**31 // (plan.spec.numel * 16) + 2
+    x = torch.randn(batch, plan.spec.numel, 16, device="cuda")
+    theta = torch.randn(plan.num_terms, 16, 16, device="cuda")
+    y = weightops.equivariant_linear(x, theta, None, plan)
+    for b in (0, batch // 2, batch - 1):
+        one = weightops.equivariant_linear(x[b : b + 1], theta, None, plan)
+        torch.testing.assert_close(y[b : b + 1], one, rtol=1e-5, atol=1e-4)

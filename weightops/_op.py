@@ -25,6 +25,8 @@ _transforms_active = torch._C._are_functorch_transforms_active
 
 #: names of all ops declared, in order; ``python -m weightops.info`` lists their kernels
 names: list[str] = []
+#: (op, device type) -> what serves it, where that is written in Python
+served: dict[tuple[str, str], str] = {}
 
 
 def _declare(schema: str, kernel: Callable, fake: Callable) -> tuple[str, Callable]:
@@ -157,6 +159,12 @@ def define_into(schema: str, *, of: Callable) -> Callable:
         out.copy_(of.raw(*inputs))  # type: ignore[attr-defined]
 
     return _declare(schema, kernel, lambda *args: None)[1]
+
+
+def serve(name: str, device_type: str, kernel: Callable, by: str) -> None:
+    """Let ``kernel`` serve an op on a device; as a compiled kernel, it makes the checks itself."""
+    _library.impl(name, _exactly(kernel), device_type.upper())
+    served[name, device_type] = by
 
 
 def moved_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:

@@ -6,6 +6,7 @@ sums that ``equivariant_backward`` takes and the layer itself, so all higher der
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -219,3 +220,20 @@ _backward: Callable = _op.define(
     backward=_backward_backward,
     jvp=_backward_jvp,
 )
+
+
+def _in_triton(name: str, check: Callable) -> Callable:
+    """A launcher of ``triton.py``, which is imported when it is first called: it takes a second."""
+
+    def kernel(*args: Any) -> Any:
+        from weightops.ops.equivariant import triton
+
+        check(*args)
+        return getattr(triton, name)(*args)
+
+    return kernel
+
+
+if torch.version.cuda and importlib.util.find_spec("triton"):
+    _op.serve("equivariant_linear", "cuda", _in_triton("linear", _check_linear), "Triton")
+    _op.serve("equivariant_backward", "cuda", _in_triton("backward", _check_backward), "Triton")
