@@ -39,6 +39,13 @@ using namespace weightops::equivariant;
 using Code = std::vector<int64_t>;
 using Random = std::mt19937;
 
+// Threads take the same ways whatever the plan, and watching them is slow.
+#ifdef __SANITIZE_THREAD__
+constexpr bool kFew = true;
+#else
+constexpr bool kFew = false;
+#endif
+
 int failures = 0;
 
 void expect(bool holds, const std::string& what) {
@@ -690,19 +697,18 @@ void given_plans(Random& random) {
   for (const Named& each : small_weights())
     for (const bool mean : {true, false}) {
       const Code code = make(each.weights, mean, mean ? 0 : 3, random);
-      const bool many = Definition(code).work() > 3000;
+      const int64_t work = Definition(code).work();
+      check_both(code, {1, 5, 3, 2}, each.name, random);
+      if (work < 10000) check_both(code, {3, 1, 20, 33}, each.name, random);
       for (const int64_t in : {1, 3, 16, 17, 32})
         for (const int64_t out : {1, 3, 16, 17, 32})
-          if (in == out || (!many && (in == 17 || out == 17)) || in * out <= 16)
-            check_both(code, {2, many ? 1 : 2, in, out}, each.name, random);
-      check_both(code, {1, 5, 3, 2}, each.name, random);
-      check_both(code, {3, 1, 20, 33}, each.name, random);
+          if (in * out * work < (kFew ? 40000 : 1000000))
+            check_both(code, {2, 1 + below(2, random), in, out}, each.name, random);
     }
   for (const Named& each : large_weights()) {
     const Code code = make(each.weights, true, 4, random);
-    check_both(code, {1, 2, 16, 16}, each.name, random);
-    check_both(code, {2, 1, 3, 5}, each.name, random);
-    check_both(code, {1, 1, 17, 1}, each.name, random);
+    for (const auto& [in, out] : {std::pair(16, 16), std::pair(3, 5), std::pair(17, 1)})
+      if (!kFew || in == 3) check_both(code, {1, in == 3 ? 2 : 1, in, out}, each.name, random);
   }
 }
 
@@ -726,14 +732,14 @@ Weights random_weights(Random& random) {
 }
 
 void random_plans(Random& random) {
-  for (int done = 0; done < 120;) {
+  for (int done = 0; done < (kFew ? 10 : 120);) {
     const Code code =
         make(random_weights(random), below(2, random) == 0, int(below(3, random)) * 2, random);
     const Definition definition(code);
     Case size{1 + below(2, random), 1 + below(3, random), kChannels[below(10, random)],
               kChannels[below(10, random)]};
     const int64_t cost = definition.work() * size.groups * size.samples * size.in * size.out;
-    if (definition.terms > 500 || cost > 3000000 || definition.numel[0] > 20000) continue;
+    if (definition.terms > 500 || cost > 1000000 || definition.numel[0] > 20000) continue;
     check_both(code, size, "random " + std::to_string(done++), random);
   }
 }
@@ -850,7 +856,7 @@ int main(int count, char** arguments) {
   given_plans(random);
   random_plans(random);
   plans_are_kept(random);
-  malformed_plans(random);
+  if (!kFew) malformed_plans(random);
   std::printf(failures == 0 ? "equivariant: passed\n" : "%d failures\n", failures);
   return failures == 0 ? 0 : 1;
 }
