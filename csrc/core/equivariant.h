@@ -265,6 +265,7 @@ struct Network {
     bool stream;
     Workspace<T>& workspace;
     const Outer* outer;  // may be null
+    void (*run_step)(const Job&, const Step&);
   };
 
   static WEIGHTOPS_INLINE void run_tile(const Job& job, const Step& step, const Span& span) {
@@ -414,7 +415,7 @@ struct Network {
 
   // out = layer(from).
   static WEIGHTOPS_INLINE void run(const Job& job) {
-    for (const Step& step : job.program.steps) run_step(job, step);
+    for (const Step& step : job.program.steps) job.run_step(job, step);
   }
 
   // out = layer(from), which may be left out, and the parameters' gradient, for which `other` is
@@ -429,17 +430,17 @@ struct Network {
           std::fill_n(other.sums + sum.slot * other.channels, sum.numel * other.channels, T(0));
         }
     const Outer now{&other, gradient, true}, later{&other, gradient, false};
+    Job streaming = job, rest = job;
+    streaming.outer = &now;
+    rest.outer = &later;
+    rest.out = nullptr;
     for (const Step& step : program.steps)
-      if (job.out && !step.streams) run_step(job, step);
+      if (job.out && !step.streams) job.run_step(job, step);
     for (const Step& step : program.steps)
-      if (step.streams)
-        run_step({program, job.from, job.parameters, job.out, job.stream, job.workspace, &now},
-                 step);
+      if (step.streams) job.run_step(streaming, step);
     Pooling::pool(other, mean, &program.streamed);
     for (const Step& step : program.steps)
-      if (!step.streams)
-        run_step({program, job.from, job.parameters, nullptr, job.stream, job.workspace, &later},
-                 step);
+      if (!step.streams) job.run_step(rest, step);
   }
 };
 

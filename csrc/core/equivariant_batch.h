@@ -67,6 +67,7 @@ struct BackwardTask {
 template <class T, int Bytes>
 struct Batches {
   using Single = Network<T, Bytes>;
+  using RunStep = void (*)(const typename Single::Job&, const Step&);
   static WEIGHTOPS_INLINE int64_t padded(int64_t channels) {
     return Single::Arithmetic::padded(channels);
   }
@@ -93,7 +94,7 @@ struct Batches {
   }
 
   static WEIGHTOPS_INLINE void forward(const ForwardTask<T>& task, int64_t begin, int64_t end,
-                                       Workspace<T>& workspace) {
+                                       Workspace<T>& workspace, RunStep run_step) {
     const Problem<T>& problem = task.problem;
     const Program& program = task.program;
     const Side &from = problem.plan.sides[program.reads],
@@ -116,12 +117,12 @@ struct Batches {
                                  workspace.sums[0].get(from.slots * program.channels_read)};
       Single::Pooling::pool(features, program.mean);
       Single::run({program, features, parameters, task.out.data + b * task.out.stride, task.stream,
-                   workspace, nullptr});
+                   workspace, nullptr, run_step});
     }
   }
 
   static WEIGHTOPS_INLINE void backward(const BackwardTask<T>& task, int64_t begin, int64_t end,
-                                        Workspace<T>& workspace) {
+                                        Workspace<T>& workspace, RunStep run_step) {
     const Problem<T>& problem = task.problem;
     const auto& sides = problem.plan.sides;
     const int64_t in = problem.channels[0], out = problem.channels[1];
@@ -145,7 +146,7 @@ struct Batches {
         Single::Pooling::pool(grad, false);
         T* to_x = task.to_x.data ? task.to_x.data + b * task.to_x.stride : nullptr;
         Single::run_backward(
-            {task.program, grad, parameters, to_x, task.stream, workspace, nullptr}, x,
+            {task.program, grad, parameters, to_x, task.stream, workspace, nullptr, run_step}, x,
             problem.plan.mean, to_theta);
         for (int64_t t = 0; t < tensors; ++t) {
           const T* sum = Single::Pooling::view(grad, sides[1].tensors[t].mean).data;
@@ -156,16 +157,23 @@ struct Batches {
   }
 };
 
+// Compiled once for each instruction set, and called by the entries, which would hold many copies
+// of it.
 #define WEIGHTOPS_EQUIVARIANT_ENTRY(suffix, attribute, bytes)                               \
+  template <class T>                                                                        \
+  attribute __attribute__((noinline)) void step_##suffix(                                   \
+      const typename Network<T, bytes>::Job& job, const Step& step) {                       \
+    Network<T, bytes>::run_step(job, step);                                                 \
+  }                                                                                         \
   template <class T>                                                                        \
   attribute void forward_##suffix(const ForwardTask<T>& task, int64_t begin, int64_t end,   \
                                   Workspace<T>& workspace) {                                \
-    Batches<T, bytes>::forward(task, begin, end, workspace);                                \
+    Batches<T, bytes>::forward(task, begin, end, workspace, step_##suffix<T>);              \
   }                                                                                         \
   template <class T>                                                                        \
   attribute void backward_##suffix(const BackwardTask<T>& task, int64_t begin, int64_t end, \
                                    Workspace<T>& workspace) {                               \
-    Batches<T, bytes>::backward(task, begin, end, workspace);                               \
+    Batches<T, bytes>::backward(task, begin, end, workspace, step_##suffix<T>);             \
   }
 WEIGHTOPS_EQUIVARIANT_ENTRY(generic, , 16)
 #if WEIGHTOPS_X86
