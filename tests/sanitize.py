@@ -51,6 +51,7 @@ def cores() -> None:
 def library() -> None:
     run(
         "cmake", "-S", ROOT, "-B", BUILD, "-DWEIGHTOPS_SANITIZE=ON", "-DCMAKE_BUILD_TYPE=RelWithDebInfo",
+        "-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -g1",
         f"-DWEIGHTOPS_TORCH_ROOT={Path(torch.__file__).parent}",
         "-DWEIGHTOPS_HOST=OFF",
     )  # fmt: skip
