@@ -1,7 +1,7 @@
 """Every op under every transform: eager, compiled, differentiated, batched, exported."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -43,6 +43,32 @@ def layer_of_everything(layer: Callable[..., Tensor], values: Tensor) -> Tensor:
     """``layer`` of features, per-sample theta and bias that all hang on ``values`` [2, P, 2]."""
     theta = values.sum(1)[:, None, :, None] * THETA
     return layer(values, theta, (2 * values[:, : PLAN.num_biases, :1]).cos(), PLAN)
+
+
+THETAS = [
+    torch.randn(PLAN.num_terms, *shape, generator=GENERATOR, dtype=torch.float64)
+    for shape in ((2, 3), (3, 1))
+]
+BIASES = [
+    torch.randn(PLAN.num_biases, width, generator=GENERATOR, dtype=torch.float64)
+    for width in (3, 1)
+]
+
+
+def by_layers(
+    x: Tensor, theta: Sequence[Tensor], bias: Sequence[Tensor], plan: Any, *, activate_last: bool
+) -> Tensor:
+    for n, each in enumerate(theta):
+        x = per_term(x, each, bias[n], plan)
+        x = torch.relu(x) if activate_last or n + 1 < len(theta) else x
+    return x
+
+
+def stack_of_everything(stack: Callable[..., Tensor], values: Tensor) -> Tensor:
+    """``stack`` of features, per-sample theta and one of the biases that all hang on ``values`` [2, P, 2]."""
+    theta = [values.sum((1, 2))[:, None, None, None] * each for each in THETAS]
+    bias = [(2 * values[:, : PLAN.num_biases, :1]).cos().expand(-1, -1, 3), BIASES[1]]
+    return stack(values, theta, bias, PLAN, activate_last=True)
 
 
 class Case(NamedTuple):
@@ -115,6 +141,26 @@ CASES = {
         FEATURES,
         "equivariant_linear",
     ),
+    "stack": Case(
+        lambda x: equivariant_op.equivariant_stack(x, THETAS, BIASES, PLAN),
+        lambda x: by_layers(x, THETAS, BIASES, PLAN, activate_last=False),
+        FEATURES,
+        "equivariant_stack",
+    ),
+    "stack-theta": Case(
+        lambda theta: equivariant_op.equivariant_stack(FEATURES, [theta, *THETAS[1:]], BIASES, PLAN),
+        lambda theta: by_layers(
+            FEATURES, [theta, *THETAS[1:]], BIASES, PLAN, activate_last=False
+        ),
+        THETAS[0],
+        "equivariant_stack",
+    ),
+    "stack-everything": Case(
+        lambda x: stack_of_everything(equivariant_op.equivariant_stack, x),
+        lambda x: stack_of_everything(by_layers, x),
+        FEATURES,
+        "equivariant_stack",
+    ),
 }
 # Unlike every other size here: torch takes equal sizes for one symbol.
 BATCHES = (11, 17, 23)
@@ -129,7 +175,7 @@ def test_eager_transform_equals_reference(case: str, name: str) -> None:
 
 
 # By theta and by bias alone tracing goes the ways that the whole of it goes too.
-BY_ONE = {"equivariant-theta", "equivariant-bias"}
+BY_ONE = {"equivariant-theta", "equivariant-bias", "stack-theta"}
 
 
 @pytest.mark.parametrize(
@@ -141,7 +187,7 @@ def test_traced_transform_equals_reference(case: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(INDUCTOR))
-@pytest.mark.parametrize("case", ["permute", "permute_axes", "merge-both", "equivariant"])
+@pytest.mark.parametrize("case", ["permute", "permute_axes", "merge-both", "equivariant", "stack"])
 def test_compiled_transform_equals_reference(case: str, name: str) -> None:
     testing.check_transform(name, "inductor", *CASES[case][:3])
 
@@ -234,6 +280,8 @@ def test_opcheck_of_equivariant_ops(batch: int, groups: int, requires_grad: bool
     testing.check_op(equivariant_op._linear, x, theta, bias, code, False)
     testing.check_op(equivariant_op._linear, x, theta, None, code)
     testing.check_op(equivariant_op._linear, y, theta, None, code, True)
+    testing.check_op(equivariant_op._stack, x, [theta, theta.mT], [bias, bias.expand(-1, -1, 2)], code, True)
+    testing.check_op(equivariant_op._stack, x, [theta], [], code, False)
     testing.check_op(equivariant_op._backward, x, theta, y, code, True)
     testing.check_op(equivariant_op._backward, x, theta, y, code, False)
 

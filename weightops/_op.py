@@ -12,7 +12,8 @@ the reference, eager inside a transform takes an ``autograd.Function``, and all 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -51,6 +52,27 @@ def _exactly(f: Callable) -> Callable:
     return run
 
 
+def _lengths(args: Sequence) -> tuple[int | None, ...]:
+    """Per argument how many tensors it lists, ``None`` where it is no list of tensors."""
+    return tuple(
+        len(arg) if isinstance(arg, (list, tuple)) and all(isinstance(v, Tensor) for v in arg) else None
+        for arg in args
+    )
+
+
+def _flat(values: Sequence, lengths: Sequence[int | None]) -> list:
+    """Lists opened: a Function of autograd looks for tensors among its arguments only."""
+    found: list = []
+    for value, length in zip(values, lengths, strict=True):
+        found.extend([value] if length is None else value or [None] * length)
+    return found
+
+
+def _nested(flat: Iterable, lengths: Sequence[int | None]) -> list:
+    rest = iter(flat)
+    return [next(rest) if n is None else list(islice(rest, n)) for n in lengths]
+
+
 def define(
     schema: str,
     *,
@@ -75,7 +97,8 @@ def define(
             ``None``, with ``jvp``, where nothing is differentiable.
         jvp: ``jvp(args, *tangents) -> output tangent``; a tangent may be ``None``.
 
-    Write ``backward`` and ``jvp`` with front doors, and higher derivatives need nothing more.
+    Write ``backward`` and ``jvp`` with front doors, and higher derivatives need nothing more. What
+    belongs to an argument that lists tensors (gradients, ``needs``, tangents, ``in_dims``) is a list too.
     """
 
     exactly = _exactly(reference)
@@ -97,25 +120,34 @@ def define(
     def setup_context(ctx: Any, inputs: Sequence, output: Any) -> None:
         # Of several outputs some may not be used: None instead of zeros saves their share of the work.
         ctx.set_materialize_grads(not isinstance(output, tuple))
-        ctx.tensors = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
-        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
-        tensors = [inputs[i] for i in ctx.tensors]
+        ctx.lengths = _lengths(inputs)
+        flat = _flat(inputs, ctx.lengths)
+        ctx.tensors = [i for i, value in enumerate(flat) if isinstance(value, Tensor)]
+        ctx.others = [None if isinstance(value, Tensor) else value for value in flat]
+        tensors = [flat[i] for i in ctx.tensors]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
     def saved_inputs(ctx: Any) -> list:
-        inputs = list(ctx.others)
+        flat = list(ctx.others)
         for i, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
-            inputs[i] = tensor
-        return inputs
+            flat[i] = tensor
+        return _nested(flat, ctx.lengths)
 
     differentiate, push = backward, jvp
 
     def run_backward(ctx: Any, *grads: Tensor | None) -> Any:
         return differentiate(saved_inputs(ctx), ctx.needs_input_grad, *grads)
 
+    def run_flat_backward(ctx: Any, *grads: Tensor | None) -> Any:
+        needs = _nested(ctx.needs_input_grad[1:], ctx.lengths)
+        return None, *_flat(differentiate(saved_inputs(ctx), needs, *grads), ctx.lengths)
+
     def run_jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-        return push(saved_inputs(ctx), *tangents)
+        return push(saved_inputs(ctx), *_nested(tangents[1:], ctx.lengths))
+
+    def run_vmap(info: Any, dims: Sequence, lengths: Sequence, *flat: Any) -> Any:
+        return vmap(info.batch_size, _nested(dims[1:], lengths), *_nested(flat, lengths))
 
     # Where somebody goes round the front door this is a tripwire: an error instead of a zero.
     torch.library.register_autograd(
@@ -126,11 +158,15 @@ def define(
         name,
         (torch.autograd.Function,),
         {
-            "forward": staticmethod(lambda *args: raw(*args)),
-            "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(run_backward),
+            "forward": staticmethod(lambda lengths, *flat: raw(*_nested(flat, lengths))),
+            "setup_context": staticmethod(
+                lambda ctx, inputs, output: setup_context(
+                    ctx, _nested(inputs[1:], inputs[0]), output
+                )
+            ),
+            "backward": staticmethod(run_flat_backward),
             "jvp": staticmethod(run_jvp),
-            "vmap": staticmethod(lambda info, dims, *args: vmap(info.batch_size, dims, *args)),
+            "vmap": staticmethod(run_vmap),
         },
     )
 
@@ -138,8 +174,9 @@ def define(
         if torch.compiler.is_compiling():
             return exactly(*args) if _transforms_active() else raw(*args)
         if _transforms_active() or forward_ad._current_level >= 0:
-            return transformed.apply(*args)
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            lengths = _lengths(args)
+            return transformed.apply(lengths, *_flat(args, lengths))
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return raw(*args)
         # The autograd key of a Python-declared op is a Python function that would cost 7 us.
         with torch._C._AutoDispatchBelowAutograd():

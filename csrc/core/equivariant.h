@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 #include <memory>
 
 #include "equivariant_pool.h"
@@ -40,11 +41,17 @@ struct Parameters {
 // What one thread needs for one network after the other.
 template <class T>
 struct Workspace {
-  Buffer<T> sums[2], broadcast, packed, tile, blocks, gradients, bias;
+  Buffer<T> sums[2], broadcast, packed, tile, gradients;
+  Buffer<T> between[2];                  // what a layer of a stack makes for the next
+  std::vector<Buffer<T>> blocks, bias;  // of every layer
   Buffer<const T*> rows;
   Buffer<Factor<T>> factors;
   Buffer<int64_t> second;
   Buffer<Right<T>> right;
+  void layers(size_t count) {
+    blocks.resize(std::max(count, blocks.size()));
+    bias.resize(blocks.size());
+  }
 };
 
 template <class T, int Bytes>
@@ -262,7 +269,7 @@ struct Network {
     const Features<T>& from;
     const Parameters<T>& parameters;
     T* out;  // may be null
-    bool stream;
+    bool stream, activate;
     Workspace<T>& workspace;
     const Outer* outer;  // may be null
     void (*run_step)(const Job&, const Step&);
@@ -311,6 +318,8 @@ struct Network {
           const int64_t lane = columns[v].lane;
           begin_with(target, lane, span, job.parameters, broadcast, buffers + v * kTile * lanes,
                      frames[v]);
+          frames[v].least =
+              job.activate && target.whole ? T(0) : -std::numeric_limits<T>::infinity();
           to[v] = (target.whole ? job.out : broadcast) + at(target.place, span.at) + lane;
           direct[v] = target.place.table.empty() && target.width - lane >= lanes;
           T* even = to[v] + span.begin * target.place.stride;

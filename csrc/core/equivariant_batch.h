@@ -44,13 +44,19 @@ struct Runs {
 };
 
 template <class T>
-struct ForwardTask {
-  const Problem<T>& problem;
-  Batch<const T> x;
+struct Layer {
+  Problem<T> problem;
   const T* bias;  // may be null
+  std::shared_ptr<const Program> program;
+};
+
+// Layers one after the other, with relu between, and behind the last where `activate_last`.
+template <class T>
+struct ForwardTask {
+  std::vector<Layer<T>> layers;
+  Batch<const T> x;
   Batch<T> out;
-  const Program& program;
-  bool stream;
+  bool activate_last, stream;
 };
 
 template <class T>
@@ -93,31 +99,51 @@ struct Batches {
     return blocks;
   }
 
+  // A group's share of a layer.
+  static WEIGHTOPS_INLINE Parameters<T> parameters_of(const Layer<T>& layer, int64_t group,
+                                                      Buffer<T>& blocks, Buffer<T>& bias) {
+    const Program& program = *layer.program;
+    const T* own = blocks_of(layer.problem, group, program.reads, blocks);
+    if (layer.bias == nullptr) return {own, nullptr};
+    const int64_t tensors = layer.problem.plan.sides[1 - program.reads].tensors.size();
+    const int64_t width = program.padded, written = program.channels_written;
+    const T* from = layer.bias + group * tensors * written;
+    T* to = bias.get(tensors * width);
+    for (int64_t i = 0; i < tensors * width; ++i)
+      to[i] = i % width < written ? from[i / width * written + i % width] : T(0);
+    return {own, to};
+  }
+
+  // A network goes through all layers before the next, so what lies between stays in the caches.
   static WEIGHTOPS_INLINE void forward(const ForwardTask<T>& task, int64_t begin, int64_t end,
                                        Workspace<T>& workspace, RunStep run_step) {
-    const Problem<T>& problem = task.problem;
-    const Program& program = task.program;
-    const Side &from = problem.plan.sides[program.reads],
-               &to = problem.plan.sides[1 - program.reads];
-    const int64_t width = program.padded, written = program.channels_written;
-    const int64_t bias_size = task.bias ? to.tensors.size() * width : 0;
-    T* bias = workspace.bias.get(bias_size);
-    Parameters<T> parameters{nullptr, task.bias ? bias : nullptr};
-    Single::reserve(program, workspace);
+    const size_t count = task.layers.size();
+    workspace.layers(count);
+    std::vector<Parameters<T>> parameters(count);
+    for (const Layer<T>& layer : task.layers) Single::reserve(*layer.program, workspace);
+    const int64_t samples = task.layers[0].problem.samples_a_group();
     for (int64_t b = begin, group = -1; b < end; ++b) {
-      if (b / problem.samples_a_group() != group) {
-        group = b / problem.samples_a_group();
-        parameters.blocks = blocks_of(problem, group, program.reads, workspace.blocks);
-        const T* source =
-            task.bias ? task.bias + group * int64_t(to.tensors.size()) * written : nullptr;
-        for (int64_t i = 0; i < bias_size; ++i)
-          bias[i] = i % width < written ? source[i / width * written + i % width] : T(0);
+      if (b / samples != group) {
+        group = b / samples;
+        for (size_t l = 0; l < count; ++l)
+          parameters[l] =
+              parameters_of(task.layers[l], group, workspace.blocks[l], workspace.bias[l]);
       }
-      const Features<T> features{&from, task.x.data + b * task.x.stride, program.channels_read,
-                                 workspace.sums[0].get(from.slots * program.channels_read)};
-      Single::Pooling::pool(features, program.mean);
-      Single::run({program, features, parameters, task.out.data + b * task.out.stride, task.stream,
-                   workspace, nullptr, run_step});
+      const T* values = task.x.data + b * task.x.stride;
+      for (size_t l = 0; l < count; ++l) {
+        const Program& program = *task.layers[l].program;
+        const Side &from = program.plan->sides[program.reads],
+                   &to = program.plan->sides[1 - program.reads];
+        const bool last = l + 1 == count;
+        T* out = last ? task.out.data + b * task.out.stride
+                      : workspace.between[l % 2].get(to.numel * program.channels_written);
+        const Features<T> features{&from, values, program.channels_read,
+                                   workspace.sums[0].get(from.slots * program.channels_read)};
+        Single::Pooling::pool(features, program.mean);
+        Single::run({program, features, parameters[l], out, last && task.stream,
+                     !last || task.activate_last, workspace, nullptr, run_step});
+        values = out;
+      }
     }
   }
 
@@ -130,10 +156,11 @@ struct Batches {
     const int64_t theta_size = problem.plan.terms * in * padded(out), bias_size = tensors * out;
     Parameters<T> parameters{nullptr, nullptr};
     Single::reserve(task.program, workspace);
+    workspace.layers(1);
     for (int64_t run = begin, group = -1; run < end; ++run) {
       if (task.to_x.data && run / task.runs.runs_a_group != group) {
         group = run / task.runs.runs_a_group;
-        parameters.blocks = blocks_of(problem, group, 1, workspace.blocks);
+        parameters.blocks = blocks_of(problem, group, 1, workspace.blocks[0]);
       }
       T *to_theta = task.to_theta + run * theta_size, *to_bias = task.to_bias + run * bias_size;
       std::fill(to_theta, to_theta + theta_size, T(0));
@@ -146,7 +173,7 @@ struct Batches {
         Single::Pooling::pool(grad, false);
         T* to_x = task.to_x.data ? task.to_x.data + b * task.to_x.stride : nullptr;
         Single::run_backward(
-            {task.program, grad, parameters, to_x, task.stream, workspace, nullptr, run_step}, x,
+            {task.program, grad, parameters, to_x, task.stream, false, workspace, nullptr, run_step}, x,
             problem.plan.mean, to_theta);
         for (int64_t t = 0; t < tensors; ++t) {
           const T* sum = Single::Pooling::view(grad, sides[1].tensors[t].mean).data;

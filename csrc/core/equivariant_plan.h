@@ -40,6 +40,13 @@ struct Side {
   int64_t numel = 0, slots = 0, write_slots = 0;
   std::vector<Tensor> tensors;
   std::vector<Node> nodes;
+  bool same_tensors(const Side& other) const {
+    return numel == other.numel && std::equal(tensors.begin(), tensors.end(), other.tensors.begin(),
+                                              other.tensors.end(), [](auto& a, auto& b) {
+                                                return a.offset == b.offset && a.sizes == b.sizes &&
+                                                       a.strides == b.strides;
+                                              });
+  }
 };
 
 struct Operand {

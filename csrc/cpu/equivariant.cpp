@@ -1,4 +1,4 @@
-// equivariant_linear and equivariant_backward for the CPU dispatch key.
+// equivariant_linear, equivariant_stack and equivariant_backward for the CPU dispatch key.
 #include "common.h"
 
 #include "../core/equivariant_batch.h"
@@ -51,27 +51,29 @@ void check(const Plan& plan, const Tensor& x, const Tensor& theta, int side) {
 }
 
 template <class T>
-Tensor linear(Prepared& prepared, const Tensor& x, const Tensor& theta,
-              const std::optional<Tensor>& bias, bool transpose) {
+Tensor layers(Prepared& prepared, const Tensor& x, const std::vector<Tensor>& theta,
+              const std::vector<Tensor>& bias, bool transpose, bool activate_last) {
   const Plan& plan = prepared.plan;
   const int reads = transpose ? 1 : 0;
-  const Problem<T> problem{plan,
-                           x.size(0),
-                           theta.size(0),
-                           {theta.size(2), theta.size(3)},
-                           static_cast<const T*>(theta.const_data_ptr())};
-  const int64_t numel = plan.sides[1 - reads].numel, channels = problem.channels[1 - reads];
-  Tensor out = torch::stable::new_empty(x, {x.size(0), numel, channels});
   const int64_t lanes = equivariant::vector_bytes() / sizeof(T);
-  const auto program = prepared.program(reads, problem.channels[reads], channels, lanes);
-  const bool stream = out.numel() * int64_t(sizeof(T)) >= kStreamBytes;
-  const ForwardTask<T> task{problem,
-                            batch_of<T>(x),
-                            bias ? static_cast<const T*>(bias->const_data_ptr()) : nullptr,
-                            {static_cast<T*>(out.mutable_data_ptr()), numel * channels},
-                            *program,
-                            stream};
-  if (x.size(0) > 0 && numel * channels > 0)
+  const int64_t numel = plan.sides[1 - reads].numel, channels = theta.back().size(3 - reads);
+  Tensor out = torch::stable::new_empty(x, {x.size(0), numel, channels});
+  ForwardTask<T> task{{},
+                      batch_of<T>(x),
+                      {static_cast<T*>(out.mutable_data_ptr()), numel * channels},
+                      activate_last,
+                      out.numel() * int64_t(sizeof(T)) >= kStreamBytes};
+  for (size_t l = 0; l < theta.size(); ++l) {
+    const Problem<T> problem{plan,
+                             x.size(0),
+                             theta[l].size(0),
+                             {theta[l].size(2), theta[l].size(3)},
+                             static_cast<const T*>(theta[l].const_data_ptr())};
+    task.layers.push_back(
+        {problem, bias.empty() ? nullptr : static_cast<const T*>(bias[l].const_data_ptr()),
+         prepared.program(reads, problem.channels[reads], problem.channels[1 - reads], lanes)});
+  }
+  if (out.numel() > 0)
     torch::stable::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
       equivariant::forward(task, begin, end, workspace<T>());
     });
@@ -154,24 +156,51 @@ Tensor networks(const Tensor& x, ScalarType type) {
   return with_contiguous_networks(x.scalar_type() == type ? x : torch::stable::to(x, type));
 }
 
+void check_bias(const Plan& plan, const Tensor& bias, const Tensor& theta) {
+  STD_TORCH_CHECK(bias.dim() == 3 && bias.size(0) == theta.size(0) &&
+                      bias.size(1) == int64_t(plan.sides[1].tensors.size()) &&
+                      bias.size(2) == theta.size(3) && bias.scalar_type() == theta.scalar_type(),
+                  "equivariant: bias does not fit the plan");
+}
+
+Tensor in_float(Prepared& prepared, const Tensor& x, std::vector<Tensor> theta,
+                std::vector<Tensor> bias, bool transpose, bool activate_last) {
+  const ScalarType given = x.scalar_type(), type = is_half(given) ? ScalarType::Float : given;
+  for (auto* tensors : {&theta, &bias})
+    for (Tensor& each : *tensors) each = dense(each, type);
+  const auto run = type == ScalarType::Double ? layers<double> : layers<float>;
+  const Tensor out = run(prepared, networks(x, type), theta, bias, transpose, activate_last);
+  return type == given ? out : torch::stable::to(out, given);
+}
+
 Tensor equivariant_linear(const Tensor& x, const Tensor& theta, const std::optional<Tensor>& bias,
                           const std::vector<int64_t>& code, bool transpose) {
   const auto prepared = equivariant::prepare(code);
   check(prepared->plan, x, theta, transpose ? 1 : 0);
-  const ScalarType given = x.scalar_type(), type = is_half(given) ? ScalarType::Float : given;
-  std::optional<Tensor> held;
-  if (bias) {
-    STD_TORCH_CHECK(!transpose && bias->dim() == 3 && bias->size(0) == theta.size(0) &&
-                        bias->size(1) == int64_t(prepared->plan.sides[1].tensors.size()) &&
-                        bias->size(2) == theta.size(3) && bias->scalar_type() == given,
-                    "equivariant: bias does not fit the plan");
-    held = dense(*bias, type);
+  if (!bias) return in_float(*prepared, x, {theta}, {}, transpose, false);
+  STD_TORCH_CHECK(!transpose, "equivariant: the transposed layer has no bias");
+  check_bias(prepared->plan, *bias, theta);
+  return in_float(*prepared, x, {theta}, {*bias}, transpose, false);
+}
+
+Tensor equivariant_stack(const Tensor& x, const std::vector<Tensor>& theta,
+                         const std::vector<Tensor>& bias, const std::vector<int64_t>& code,
+                         bool activate_last) {
+  const auto prepared = equivariant::prepare(code);
+  const Plan& plan = prepared->plan;
+  STD_TORCH_CHECK(!theta.empty() && (bias.empty() || bias.size() == theta.size()),
+                  "equivariant: a stack has layers, and a bias for each or for none");
+  STD_TORCH_CHECK(theta.size() == 1 || plan.sides[0].same_tensors(plan.sides[1]),
+                  "equivariant: the plan's output is not what it takes as input");
+  check(plan, x, theta[0], 0);
+  for (size_t l = 0; l < theta.size(); ++l) {
+    STD_TORCH_CHECK(theta[l].dim() == 4 && theta[l].scalar_type() == x.scalar_type() &&
+                        theta[l].size(0) == theta[0].size(0) && theta[l].size(1) == plan.terms &&
+                        (l == 0 || theta[l].size(2) == theta[l - 1].size(3)),
+                    "equivariant: theta ", l, " does not fit the plan or the layer before");
+    if (!bias.empty()) check_bias(plan, bias[l], theta[l]);
   }
-  const Tensor features = networks(x, type), blocks = dense(theta, type);
-  const Tensor out = type == ScalarType::Double
-                         ? linear<double>(*prepared, features, blocks, held, transpose)
-                         : linear<float>(*prepared, features, blocks, held, transpose);
-  return type == given ? out : torch::stable::to(out, given);
+  return in_float(*prepared, x, theta, bias, false, activate_last);
 }
 
 std::tuple<Tensor, Tensor, Tensor> equivariant_backward(const Tensor& x, const Tensor& theta,
@@ -199,5 +228,6 @@ std::tuple<Tensor, Tensor, Tensor> equivariant_backward(const Tensor& x, const T
 
 STABLE_TORCH_LIBRARY_IMPL(weightops, CPU, m) {
   m.impl("equivariant_linear", TORCH_BOX(&weightops::equivariant_linear));
+  m.impl("equivariant_stack", TORCH_BOX(&weightops::equivariant_stack));
   m.impl("equivariant_backward", TORCH_BOX(&weightops::equivariant_backward));
 }

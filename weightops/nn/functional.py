@@ -15,6 +15,7 @@ from weightops.nn import _arguments
 from weightops.nn.equivariant import EquivariantLinear
 from weightops.nn.norm import EquivariantDropout, EquivariantNorm
 from weightops.nn.pool import InvariantPool
+from weightops.ops.equivariant import equivariant_stack
 from weightops.ops.equivariant.plan import Selection
 from weightops.spec import WeightSpec
 
@@ -27,6 +28,8 @@ ACTIVATIONS: dict[str, tuple[Activation, Activation]] = {
     "gelu": (F.gelu, torch.ops.aten.gelu_),
     "tanh": (torch.tanh, torch.tanh_),
 }
+#: whose gradient needs their result only
+KEEP_RESULT = ("relu", "tanh")
 
 
 class UNF(nn.Module):
@@ -47,7 +50,8 @@ class UNF(nn.Module):
         out_features: what a linear layer makes of those; implies ``invariant``.
         device, dtype: of the parameters.
 
-    Without gradients at most two features are held besides the input.
+    Without gradients at most two features are held besides the input. Layers with relu alone between them
+    are then one op, which on the CPU holds the output and two networks' features a thread.
 
     Raises:
         ValueError: an option is unknown, a number is out of range, or the parameters are too large.
@@ -129,19 +133,46 @@ class UNF(nn.Module):
             TypeError: ``x`` is no floating point tensor, or not of the parameters' dtype.
         """
         _arguments.features("UNF", x, self.spec, self.channels[0])
-        for n, layer in enumerate(self.layers):
-            x = layer(x)
-            if n + 1 < len(self.layers) or self.invariant:
-                # A hook may have kept what the layer made.
-                x = self._between(x, n, _may_overwrite() and not layer._forward_hooks)
+        if self._is_plain() and not self._needs_gradients(x):
+            x = self._stacked(x)
+        else:
+            for n, layer in enumerate(self.layers):
+                x = layer(x)
+                if n + 1 < len(self.layers) or self.invariant:
+                    x = self._between(x, n, _may_overwrite() and _is_fresh(layer))
         if self.pool is not None:
             x = self.pool(x)
         return x if self.head is None else self.head(x)
 
+    def _is_plain(self) -> bool:
+        """Whether nothing but relu stands between the layers, and nobody looks there."""
+        layers: Any = self.layers
+        return (
+            self.activation == "relu"
+            and not len(self.norms)
+            and (self.dropout.p == 0 or not self.dropout.training)
+            and not _is_watched(self.dropout)
+            and all(_is_fresh(each) and each.factors is None for each in layers)
+            and all(each.plan is layers[0].plan for each in layers)
+            and len({each.bias is None for each in layers}) == 1
+        )
+
+    def _needs_gradients(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and (
+            x.requires_grad or any(p.requires_grad for p in self.layers.parameters())
+        )
+
+    def _stacked(self, x: Tensor) -> Tensor:
+        layers: Any = self.layers
+        theta, bias = [each.theta for each in layers], [each.bias for each in layers]
+        return equivariant_stack(x, theta, bias, layers[0].plan, activate_last=self.invariant)
+
     def _between(self, x: Tensor, n: int, inplace: bool) -> Tensor:
+        if torch.is_grad_enabled():
+            inplace = inplace and self.activation in KEEP_RESULT and not len(self.norms)
         if len(self.norms):
             norm: Any = self.norms[n]
-            x = norm.forward_(x) if inplace and not norm._forward_hooks else norm(x)
+            x = norm.forward_(x) if inplace and not _is_watched(norm) else norm(x)
         if isinstance(self.activation, nn.Module):
             x = self.activation(x)
         else:
@@ -155,6 +186,20 @@ class UNF(nn.Module):
 
 def _may_overwrite() -> bool:
     """Whether a fresh feature is needed by nobody else; compilers plan memory themselves."""
-    return not (
-        torch.is_grad_enabled() or torch.compiler.is_compiling() or _op._transforms_active()
+    return not (torch.compiler.is_compiling() or _op._transforms_active())
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a hook sees what goes in or comes out, and may keep or change it."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or nn.modules.module._has_any_global_hook()
     )
+
+
+def _is_fresh(layer: nn.Module) -> bool:
+    """Whether the layer's output is new memory that only the caller has."""
+    return type(layer) is EquivariantLinear and not _is_watched(layer)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from weightops import _check
-from weightops.ops.equivariant.declaration import _backward, _linear
+from weightops.ops.equivariant.declaration import _backward, _linear, _stack
 from weightops.ops.equivariant.plan import EquivariantPlan, code_of
 
-__all__ = ["EquivariantPlan", "_backward", "_linear", "equivariant_linear"]
+__all__ = [
+    "EquivariantPlan",
+    "_backward",
+    "_linear",
+    "_stack",
+    "equivariant_linear",
+    "equivariant_stack",
+]
 
 
 def equivariant_linear(
@@ -44,6 +52,50 @@ def equivariant_linear(
             ``check_finite`` is set.
         TypeError: an argument has the wrong type or dtype.
     """
+    own = _check_arguments(x, theta, bias, plan)
+    if check_finite:
+        _check.flag("equivariant_linear", "check_finite", check_finite)
+        for name, value in (("x", x), ("theta", theta), ("bias", bias)):
+            if value is not None:
+                _check.finite("equivariant_linear", name, value)
+    theta, bias = _grouped(theta, bias, x.shape[0] if own else None)
+    return _linear(x, theta, bias, code_of(plan), False)
+
+
+def equivariant_stack(
+    x: Tensor,
+    theta: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    plan: EquivariantPlan,
+    *,
+    activate_last: bool = False,
+) -> Tensor:
+    """:func:`equivariant_linear` layer after layer, relu between them and on request behind the last.
+
+    On the CPU a network goes through all layers before the next, so what lies between is never held for
+    the whole batch. It is made again for gradients, which costs a forward pass more than they do otherwise.
+
+    Args:
+        x: features ``[B, P, C_0]``.
+        theta: per layer ``[T, C_n, C_(n+1)]`` or ``[B, T, C_n, C_(n+1)]``.
+        bias: per layer as for ``equivariant_linear``; a bias for each or for none.
+        plan: of every layer; with more than one, from a weight space to itself.
+
+    Raises:
+        ValueError, TypeError: as ``equivariant_linear`` for the layer that does not fit.
+    """
+    own, like = False, x
+    for n, each in enumerate(theta):
+        own = _check_arguments(like, each, bias[n], plan) or own
+        like = x.new_empty(()).expand(*x.shape[:2], each.shape[-1])
+    lead = x.shape[0] if own else None
+    grouped = [_grouped(*each, lead) for each in zip(theta, bias, strict=True)]
+    biases = [each for _, each in grouped if each is not None]
+    return _stack(x, [each for each, _ in grouped], biases, code_of(plan), activate_last)
+
+
+def _check_arguments(x: Tensor, theta: Tensor, bias: Tensor | None, plan: EquivariantPlan) -> bool:
+    """Whether ``theta`` or ``bias`` is of each sample's own; raises what ``equivariant_linear`` does."""
     if not (
         isinstance(plan, EquivariantPlan)
         and isinstance(x, Tensor)
@@ -75,22 +127,19 @@ def equivariant_linear(
             and ((own_bias and bias.shape[0] == batch) or bias.dim() == 2)
         ):
             _explain_bias(batch, shape[-1], bias, plan)
-    if check_finite:
-        _check.flag("equivariant_linear", "check_finite", check_finite)
-        for name, value in (("x", x), ("theta", theta), ("bias", bias)):
-            if value is not None:
-                _check.finite("equivariant_linear", name, value)
-    if not own:
+    return own or own_bias
+
+
+def _grouped(
+    theta: Tensor, bias: Tensor | None, batch: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """Both with a group per sample of ``batch``, or one group where that is ``None`` or no sample."""
+    if theta.dim() == 3:
         theta = theta[None]
-    if bias is not None and not own_bias:
+    if bias is not None and bias.dim() == 2:
         bias = bias[None]
-    if own or own_bias:
-        theta, bias = _grouped(theta, bias, batch)
-    return _linear(x, theta, bias, code_of(plan), False)
-
-
-def _grouped(theta: Tensor, bias: Tensor | None, batch: int) -> tuple[Tensor, Tensor | None]:
-    """Both with a group per sample, or one group where there is no sample."""
+    if batch is None:
+        return theta, bias
     if batch == 0:
         return theta.sum(0, keepdim=True), None if bias is None else bias.sum(0, keepdim=True)
     theta = theta.expand(batch, -1, -1, -1)

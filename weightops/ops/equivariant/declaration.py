@@ -15,6 +15,7 @@ from torch import Tensor
 
 from weightops import _op
 from weightops.ops.equivariant import grouped
+from weightops.ops.equivariant.decode import decode
 
 Code = Sequence[int]
 
@@ -222,6 +223,104 @@ _backward: Callable = _op.define(
 )
 
 
+def _check_stack(x: Tensor, theta: Sequence[Tensor], bias: Sequence[Tensor], code: Code) -> None:
+    _require(len(theta) > 0, "a stack has layers")
+    _require(len(bias) in (0, len(theta)), f"{len(bias)} biases for {len(theta)} layers")
+    same = all(each.shape[0] == theta[0].shape[0] for each in theta)
+    _require(same, "layers differ in their groups")
+    if len(theta) > 1:
+        plan = decode(code)
+        _require(plan.inputs.parts == plan.outputs.parts, "a layer's output is no input of the next")
+
+
+def _relu_gradient(grad: Tensor, y: Tensor) -> Tensor:
+    return torch.ops.aten.threshold_backward(grad, y, 0)
+
+
+def _stack_by_layers(
+    x: Tensor, theta: Sequence[Tensor], bias: Sequence[Tensor], code: Code, activate_last: bool
+) -> Tensor:
+    """Also what differentiates and what serves CUDA: the layers' own kernels."""
+    _check_stack(x, theta, bias, code)
+    for n, each in enumerate(theta):
+        x = _linear(x, each, bias[n] if bias else None, code, False)
+        if activate_last or n + 1 < len(theta):
+            x = torch.relu_(x)
+    return x
+
+
+def _stack_fake(
+    x: Tensor, theta: Sequence[Tensor], bias: Sequence[Tensor], code: Code, activate_last: bool
+) -> Tensor:
+    return x.new_empty(x.shape[0], code[1], theta[-1].shape[3])
+
+
+def _stack_backward(args: Sequence, needs: Sequence, grad: Tensor) -> tuple:
+    x, theta, bias, code, activate_last = args
+    # What lies between was not kept: it is made again.
+    features = [x]
+    for n in range(len(theta) - (not activate_last)):
+        features.append(_stack_by_layers(features[n], theta[n : n + 1], bias[n : n + 1], code, True))
+    to_x: Tensor | None = grad
+    to_theta: list = [None] * len(theta)
+    to_bias: list = [None] * len(bias)
+    for n in reversed(range(len(theta))):
+        if to_x is None:
+            break
+        if n + 1 < len(features):
+            to_x = _relu_gradient(to_x, features[n + 1])
+        below = needs[0] or any(needs[1][:n]) or any(needs[2][:n])
+        held = bias[n] if bias else None
+        wanted = (below, needs[1][n], bool(bias) and needs[2][n])
+        found = _linear_backward((features[n], theta[n], held, code), wanted, to_x)
+        to_x, to_theta[n] = found[:2]
+        if bias:
+            to_bias[n] = found[2]
+    return to_x if needs[0] else None, to_theta, to_bias, None, None
+
+
+def _stack_jvp(args: Sequence, x: Tensor | None, theta: Sequence, bias: Sequence, *_: Any) -> Any:
+    y, at_theta, at_bias, code, activate_last = args
+    for n, each in enumerate(at_theta):
+        at = (y, each, at_bias[n] if bias else None, code)
+        x = _linear_jvp(at, x, theta[n], bias[n] if bias else None)
+        activate = activate_last or n + 1 < len(at_theta)
+        if n + 1 < len(at_theta) or (activate and x is not None):
+            y = _stack_by_layers(y, [each], at_bias[n : n + 1], code, activate)
+        if activate and x is not None:
+            x = _relu_gradient(x, y)
+    return x
+
+
+def _stack_vmap(
+    size: int,
+    dims: Sequence,
+    x: Tensor,
+    theta: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    code: Code,
+    activate_last: bool,
+) -> tuple:
+    if theta[0].shape[0] != 1 or any(d is not None for d in (*dims[1], *dims[2])):
+        theta, bias = (
+            [_by_lane(size, d, value) for d, value in zip(at, values, strict=True)]
+            for at, values in ((dims[1], theta), (dims[2], bias))
+        )
+    y = _stack(_by_lane(size, dims[0], x), theta, bias, code, activate_last)
+    return y.unflatten(0, (size, y.shape[0] // size)), 0
+
+
+_stack: Callable = _op.define(
+    "equivariant_stack(Tensor x, Tensor[] theta, Tensor[] bias, int[] plan, bool activate_last)"
+    " -> Tensor",
+    reference=_stack_by_layers,
+    fake=_stack_fake,
+    vmap=_stack_vmap,
+    backward=_stack_backward,
+    jvp=_stack_jvp,
+)
+
+
 def _in_triton(name: str, check: Callable) -> Callable:
     """A launcher of ``triton.py``, which is imported when it is first called: it takes a second."""
 
@@ -237,3 +336,4 @@ def _in_triton(name: str, check: Callable) -> Callable:
 if torch.version.cuda and importlib.util.find_spec("triton"):
     _op.serve("equivariant_linear", "cuda", _in_triton("linear", _check_linear), "Triton")
     _op.serve("equivariant_backward", "cuda", _in_triton("backward", _check_backward), "Triton")
+    _op.serve("equivariant_stack", "cuda", _stack_by_layers, "Triton, a layer at a time")
