@@ -12,7 +12,8 @@ from nfn.layers import NPLinear
 from torch import Tensor
 
 import weightops
-from weightops.ops.equivariant import grouped, reference
+from weightops.nn import UNF
+from weightops.ops.equivariant import equivariant_stack, grouped, reference
 from weightops.ops.equivariant.plan import code_of
 from weightops.testing import WEIGHT_SPACES, Equivariant
 
@@ -22,6 +23,10 @@ LAYERS = [
     *(Equivariant(space, 32) for space in SPACES if space != "gru"),
     *(Equivariant(space, 1) for space in SPACES),
     *(Equivariant(space, 8, 1, 16) for space in SPACES),
+]
+STACKS = [
+    *(Equivariant(space) for space in SPACES if space != "gru"),
+    Equivariant("mlp", 8, 32, 32),
 ]
 PEERS = ("copy_", "by-type", "per-term", "per-term-compiled", "nfn")
 PASSES = ("forward", "forward+backward")
@@ -107,6 +112,43 @@ def test_layer(problem: Equivariant, passes: str, implementation: str, measure, 
         torch.autograd.grad(outs, leaves, grads)
 
     measure(both, **work)
+
+
+def stack_name(problem: Equivariant) -> str:
+    return f"{problem.space} {'->'.join([str(problem.in_channels)] * 4)} B={problem.batch}"
+
+
+@pytest.mark.parametrize("implementation", ["weightops", "singly"])
+@pytest.mark.parametrize("problem", STACKS, ids=str)
+def test_stack(problem: Equivariant, implementation: str, measure, benchmark) -> None:
+    """Three layers with relu between, as one op and as five."""
+    benchmark.group = f"equivariant stack {stack_name(problem)}"
+    x = problem.make()[0]
+    theta, bias = zip(*(problem.make(seed=n)[1:] for n in range(3)), strict=True)
+
+    def singly() -> Tensor:
+        y = x
+        for n in range(3):
+            y = weightops.equivariant_linear(y, theta[n], bias[n], problem.plan)
+            y = torch.relu(y) if n < 2 else y
+        return y
+
+    def stack() -> Tensor:
+        return equivariant_stack(x, theta, bias, problem.plan)
+
+    with torch.no_grad():
+        torch.testing.assert_close(stack(), singly(), rtol=1e-3, atol=1e-3)
+        run = stack if implementation == "weightops" else singly
+        measure(run, problem.bytes, 3 * problem.flops)
+
+
+@pytest.mark.parametrize("problem", STACKS, ids=str)
+def test_training_step(problem: Equivariant, measure, benchmark) -> None:
+    benchmark.group = f"equivariant UNF {stack_name(problem)} forward+backward"
+    unf = UNF(problem.plan.spec, [problem.in_channels] * 4)
+    x = problem.make()[0].requires_grad_()
+    leaves, grad = [x, *unf.parameters()], torch.ones_like(x)
+    measure(lambda: torch.autograd.grad(unf(x), leaves, grad))
 
 
 @pytest.mark.parametrize("implementation", ["weightops", "shared-theta", "python-loop"])

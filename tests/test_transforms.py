@@ -148,10 +148,10 @@ CASES = {
         "equivariant_stack",
     ),
     "stack-theta": Case(
-        lambda theta: equivariant_op.equivariant_stack(FEATURES, [theta, *THETAS[1:]], BIASES, PLAN),
-        lambda theta: by_layers(
-            FEATURES, [theta, *THETAS[1:]], BIASES, PLAN, activate_last=False
+        lambda theta: equivariant_op.equivariant_stack(
+            FEATURES, [theta, *THETAS[1:]], BIASES, PLAN
         ),
+        lambda theta: by_layers(FEATURES, [theta, *THETAS[1:]], BIASES, PLAN, activate_last=False),
         THETAS[0],
         "equivariant_stack",
     ),
@@ -280,7 +280,9 @@ def test_opcheck_of_equivariant_ops(batch: int, groups: int, requires_grad: bool
     testing.check_op(equivariant_op._linear, x, theta, bias, code, False)
     testing.check_op(equivariant_op._linear, x, theta, None, code)
     testing.check_op(equivariant_op._linear, y, theta, None, code, True)
-    testing.check_op(equivariant_op._stack, x, [theta, theta.mT], [bias, bias.expand(-1, -1, 2)], code, True)
+    testing.check_op(
+        equivariant_op._stack, x, [theta, theta.mT], [bias, bias.expand(-1, -1, 2)], code, True
+    )
     testing.check_op(equivariant_op._stack, x, [theta], [], code, False)
     testing.check_op(equivariant_op._backward, x, theta, y, code, True)
     testing.check_op(equivariant_op._backward, x, theta, y, code, False)

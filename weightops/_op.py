@@ -55,7 +55,9 @@ def _exactly(f: Callable) -> Callable:
 def _lengths(args: Sequence) -> tuple[int | None, ...]:
     """Per argument how many tensors it lists, ``None`` where it is no list of tensors."""
     return tuple(
-        len(arg) if isinstance(arg, (list, tuple)) and all(isinstance(v, Tensor) for v in arg) else None
+        len(arg)
+        if isinstance(arg, (list, tuple)) and all(isinstance(v, Tensor) for v in arg)
+        else None
         for arg in args
     )
 

@@ -42,7 +42,7 @@ struct Parameters {
 template <class T>
 struct Workspace {
   Buffer<T> sums[2], broadcast, packed, tile, gradients;
-  Buffer<T> between[2];                  // what a layer of a stack makes for the next
+  Buffer<T> between[2];                 // what a layer of a stack makes for the next
   std::vector<Buffer<T>> blocks, bias;  // of every layer
   Buffer<const T*> rows;
   Buffer<Factor<T>> factors;
@@ -233,21 +233,19 @@ struct Network {
     bool sums;    // whether other's sums are taken on the way
   };
 
-  // Adds a chunk of a tile's rows to the slots of their sum.
-  static WEIGHTOPS_INLINE void add_to_sum(const T* rows, const Place& place, const Span& span,
-                                          int64_t channels, T* sums) {
-    constexpr int depth = kDepth;
+  // Adds `channels` of a tile's rows, `stride` apart, to the slots of their sum.
+  static WEIGHTOPS_INLINE void add_to_sum(const T* rows, int64_t stride, const Place& place,
+                                          const Span& span, int64_t channels, T* sums) {
     T* to = sums + at(place, span.at);
-    if (channels < depth) {
+    if (channels % lanes != 0) {
       for (int64_t m = 0; m < span.size(); ++m)
         for (int64_t k = 0; k < channels; ++k)
-          to[place.along(span.begin + m) + k] += rows[m * depth + k];
+          to[place.along(span.begin + m) + k] += rows[m * stride + k];
       return;
     }
-#pragma GCC unroll 4
-    for (int v = 0; v < depth; v += lanes) {
+    for (int64_t v = 0; v < channels; v += lanes) {
       if (!place.moves()) {
-        Arithmetic::sum_rows(rows + v, depth, span.size(), lanes, to + v, true, T(1));
+        Arithmetic::sum_rows(rows + v, stride, span.size(), lanes, to + v, true, T(1));
         continue;
       }
       const auto add = [&](T* sum, const T* row) __attribute__((always_inline)) {
@@ -256,10 +254,10 @@ struct Network {
       const int64_t* table = place.table.empty() ? nullptr : place.table.data() + span.begin;
       T* even = to + span.begin * place.stride + v;
       if (table)
-        for (int64_t m = 0; m < span.size(); ++m) add(to + table[m] + v, rows + m * depth + v);
+        for (int64_t m = 0; m < span.size(); ++m) add(to + table[m] + v, rows + m * stride + v);
       else
         for (int64_t m = 0; m < span.size(); ++m)
-          add(even + m * place.stride, rows + m * depth + v);
+          add(even + m * place.stride, rows + m * stride + v);
     }
   }
 
@@ -271,7 +269,8 @@ struct Network {
     T* out;  // may be null
     bool stream, activate;
     Workspace<T>& workspace;
-    const Outer* outer;  // may be null
+    const Outer* outer;       // may be null
+    const Features<T>* next;  // what becomes of `out`, where its sums are taken on the way, or null
     void (*run_step)(const Job&, const Step&);
   };
 
@@ -341,6 +340,11 @@ struct Network {
         for (int64_t v = 0; v < width; ++v)
           if (!direct[v])
             scatter(step.targets[columns[v].target], columns[v].lane, span, frames[v].out, to[v]);
+        if (job.next && step.streams)
+          for (int64_t v = 0; v < width; ++v)
+            for (const Place& sum : step.others[columns[v].target].sums)
+              add_to_sum(frames[v].out, frames[v].out_stride, sum, span, lanes,
+                         job.next->sums + columns[v].lane);
         c += width;
       }
     }
@@ -355,7 +359,7 @@ struct Network {
       for (int64_t i = 0; i < other; i += depth) {
         if (job.outer->sums)
           for (const Place& sum : step.others[o].sums)
-            add_to_sum(left + i * span.pitch, sum, span, std::min<int64_t>(depth, other - i),
+            add_to_sum(left + i * span.pitch, depth, sum, span, std::min<int64_t>(depth, other - i),
                        job.outer->other->sums + i);
         int64_t found = 0;
         for (size_t r = 0; r < step.readers.size(); ++r)
@@ -427,17 +431,23 @@ struct Network {
     for (const Step& step : job.program.steps) job.run_step(job, step);
   }
 
+  // The sums that are taken on the way begin with zero.
+  static WEIGHTOPS_INLINE void clear(const Program& program, const Features<T>& features) {
+    for (const Node& node : features.side->nodes)
+      if (node.whole && program.streamed[node.tensor])
+        for (int64_t child : node.children) {
+          const Node& sum = features.side->nodes[child];
+          std::fill_n(features.sums + sum.slot * features.channels, sum.numel * features.channels,
+                      T(0));
+        }
+  }
+
   // out = layer(from), which may be left out, and the parameters' gradient, for which `other` is
   // read once: what is not a whole tensor waits for the sums that are taken meanwhile.
   static WEIGHTOPS_INLINE void run_backward(const Job& job, const Features<T>& other, bool mean,
                                             T* gradient) {
     const Program& program = job.program;
-    for (const Node& node : other.side->nodes)
-      if (node.whole && program.streamed[node.tensor])
-        for (int64_t child : node.children) {
-          const Node& sum = other.side->nodes[child];
-          std::fill_n(other.sums + sum.slot * other.channels, sum.numel * other.channels, T(0));
-        }
+    clear(program, other);
     const Outer now{&other, gradient, true}, later{&other, gradient, false};
     Job streaming = job, rest = job;
     streaming.outer = &now;

@@ -57,6 +57,7 @@ struct ForwardTask {
   Batch<const T> x;
   Batch<T> out;
   bool activate_last, stream;
+  bool same_nodes;  // of both sides of the plan, so that one's sums are the other's
 };
 
 template <class T>
@@ -129,21 +130,28 @@ struct Batches {
           parameters[l] =
               parameters_of(task.layers[l], group, workspace.blocks[l], workspace.bias[l]);
       }
-      const T* values = task.x.data + b * task.x.stride;
-      for (size_t l = 0; l < count; ++l) {
+      const Program& first = *task.layers[0].program;
+      const Side& side = first.plan->sides[first.reads];
+      Features<T> features{&side, task.x.data + b * task.x.stride, first.channels_read,
+                           workspace.sums[0].get(side.slots * first.channels_read)};
+      Single::Pooling::pool(features, first.mean);
+      for (size_t l = 0; l + 1 < count; ++l) {
         const Program& program = *task.layers[l].program;
-        const Side &from = program.plan->sides[program.reads],
-                   &to = program.plan->sides[1 - program.reads];
-        const bool last = l + 1 == count;
-        T* out = last ? task.out.data + b * task.out.stride
-                      : workspace.between[l % 2].get(to.numel * program.channels_written);
-        const Features<T> features{&from, values, program.channels_read,
-                                   workspace.sums[0].get(from.slots * program.channels_read)};
-        Single::Pooling::pool(features, program.mean);
-        Single::run({program, features, parameters[l], out, last && task.stream,
-                     !last || task.activate_last, workspace, nullptr, run_step});
-        values = out;
+        const int64_t channels = program.channels_written;
+        T* out = workspace.between[l % 2].get(side.numel * channels);
+        const Features<T> next{&side, out, channels,
+                               workspace.sums[(l + 1) % 2].get(side.slots * channels)};
+        // A tile's sums are taken while it is in the first-level cache.
+        const bool streams = task.same_nodes && channels % Single::lanes == 0;
+        if (streams) Single::clear(program, next);
+        Single::run({program, features, parameters[l], out, false, true, workspace, nullptr,
+                     streams ? &next : nullptr, run_step});
+        Single::Pooling::pool(next, program.mean, streams ? &program.streamed : nullptr);
+        features = next;
       }
+      Single::run({*task.layers.back().program, features, parameters.back(),
+                   task.out.data + b * task.out.stride, task.stream, task.activate_last, workspace,
+                   nullptr, nullptr, run_step});
     }
   }
 
@@ -172,9 +180,9 @@ struct Batches {
                                workspace.sums[1].get(sides[1].slots * out)};
         Single::Pooling::pool(grad, false);
         T* to_x = task.to_x.data ? task.to_x.data + b * task.to_x.stride : nullptr;
-        Single::run_backward(
-            {task.program, grad, parameters, to_x, task.stream, false, workspace, nullptr, run_step}, x,
-            problem.plan.mean, to_theta);
+        Single::run_backward({task.program, grad, parameters, to_x, task.stream, false, workspace,
+                              nullptr, nullptr, run_step},
+                             x, problem.plan.mean, to_theta);
         for (int64_t t = 0; t < tensors; ++t) {
           const T* sum = Single::Pooling::view(grad, sides[1].tensors[t].mean).data;
           for (int64_t c = 0; c < out; ++c) to_bias[t * out + c] += sum[c];

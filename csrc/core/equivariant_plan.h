@@ -40,6 +40,13 @@ struct Side {
   int64_t numel = 0, slots = 0, write_slots = 0;
   std::vector<Tensor> tensors;
   std::vector<Node> nodes;
+  bool same_nodes(const Side& other) const {
+    return std::equal(nodes.begin(), nodes.end(), other.nodes.begin(), other.nodes.end(),
+                      [](auto& a, auto& b) {
+                        return a.tensor == b.tensor && a.parent == b.parent &&
+                               a.dropped == b.dropped && a.dim_of_axis == b.dim_of_axis;
+                      });
+  }
   bool same_tensors(const Side& other) const {
     return numel == other.numel && std::equal(tensors.begin(), tensors.end(), other.tensors.begin(),
                                               other.tensors.end(), [](auto& a, auto& b) {

@@ -62,7 +62,8 @@ Tensor layers(Prepared& prepared, const Tensor& x, const std::vector<Tensor>& th
                       batch_of<T>(x),
                       {static_cast<T*>(out.mutable_data_ptr()), numel * channels},
                       activate_last,
-                      out.numel() * int64_t(sizeof(T)) >= kStreamBytes};
+                      out.numel() * int64_t(sizeof(T)) >= kStreamBytes,
+                      plan.sides[0].same_nodes(plan.sides[1])};
   for (size_t l = 0; l < theta.size(); ++l) {
     const Problem<T> problem{plan,
                              x.size(0),

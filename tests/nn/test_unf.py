@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, func, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from weightops import EquivariantPlan, WeightSpec, equivariant_linear, testing
+from weightops import EquivariantPlan, WeightSpec, _load, equivariant_linear, testing
 from weightops.nn import (
     UNF,
     EquivariantLinear,
@@ -64,10 +66,14 @@ class Held(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_inference_holds_two_features_and_overwrites_nothing_of_the_callers(norm: bool) -> None:
+@pytest.mark.parametrize(
+    ("activation", "norm", "most"), [("gelu", False, 2), ("gelu", True, 2), ("relu", False, 1)]
+)
+def test_inference_holds_two_features_and_overwrites_nothing_of_the_callers(
+    activation: str, norm: bool, most: int
+) -> None:
     torch.manual_seed(0)
-    unf = UNF(MLP, [3, 3, 3, 3, 3], "gelu", norm=norm).eval()
+    unf = UNF(MLP, [3, 3, 3, 3, 3], activation, norm=norm).eval()
     x = torch.randn(4, MLP.numel, 3)
     kept = x.clone()
     expected = unf(x)
@@ -80,8 +86,136 @@ def test_inference_holds_two_features_and_overwrites_nothing_of_the_callers(norm
         torch.testing.assert_close(unf(x), expected)
         torch.testing.assert_close(seen[0], unf.layers[0](x))
         hook.remove()
-    assert held.most == 2  # besides the input, which no op made
+    assert held.most == most  # besides the input, which no op made
     assert torch.equal(x, kept)
+
+
+PEAK = """
+import resource, torch
+from weightops import testing
+from weightops.nn import UNF
+
+torch.set_num_threads(2)
+unf = UNF(testing.WEIGHT_SPACES["mlp"](), [16] * 4)
+x = torch.ones(8, unf.spec.numel, 16)
+with torch.no_grad():
+    unf(x[:1, :, :])
+    pages = int(open("/proc/self/statm").read().split()[1])
+    y = unf(x)
+peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((peak - pages * resource.getpagesize()) / (4 * y.numel()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+@pytest.mark.skipif(not _load.has_kernel("equivariant_stack", "cpu"), reason="needs the kernel")
+def test_a_stacks_peak_memory_is_below_two_features() -> None:
+    features = float(subprocess.check_output([sys.executable, "-c", PEAK], text=True))
+    assert 0.9 < features < 2, features
+
+
+class Called(TorchDispatchMode):
+    """The library's ops that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.namespace == "weightops":
+            self.ops.append(op.__name__.split(".")[0])
+        return op(*args, **(kwargs or {}))
+
+
+def called(unf: UNF, x: Tensor) -> tuple[Tensor, list[str]]:
+    with Called() as mode:
+        y = unf(x)
+    return y, mode.ops
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_layers_with_relu_alone_between_are_one_op_without_gradients(invariant: bool) -> None:
+    torch.manual_seed(0)
+    unf = UNF(RNN, [3, 4, 17, 2], invariant=invariant, dtype=DOUBLE, dropout=0.5).eval()
+    x = torch.randn(3, RNN.numel, 3, dtype=DOUBLE)
+    pooled = ["equivariant_backward"] * invariant  # whose sums the pool takes
+    expected, ops = called(unf, x)
+    assert ops == ["equivariant_linear"] * 3 + pooled
+    with torch.no_grad():
+        y, ops = called(unf, x)
+        assert ops == ["equivariant_stack", *pooled]
+        torch.testing.assert_close(y, expected)
+    frozen = copy.deepcopy(unf).requires_grad_(False)
+    assert called(frozen, x)[1] == ["equivariant_stack", *pooled]
+    assert called(frozen, x.clone().requires_grad_())[1] == ["equivariant_linear"] * 3 + pooled
+
+
+def test_layers_that_somebody_watches_or_changed_are_called_one_by_one() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, RNN.numel, 2)
+
+    class Own(EquivariantLinear):
+        def forward(self, x: Tensor) -> Tensor:
+            return -super().forward(x)
+
+    def stack(*args: Any, **options: Any) -> UNF:
+        return UNF(RNN, [2, 3, 3], *args, **options)
+
+    changed, bare, hooked = stack(), stack(), stack()
+    changed.layers[1] = Own(RNN, 3, 3)
+    bare.layers[0].register_parameter("bias", None)
+    seen: list[Tensor] = []
+    hooked.layers[0].register_forward_hook(lambda m, i, out: seen.append(out))
+    others = [stack("silu"), stack(nn.ReLU()), stack(norm=True), stack(rank=1), stack(dropout=0.5)]
+    with torch.no_grad():
+        for unf in (changed, bare, hooked, *others):
+            ops = called(unf, x)[1]
+            assert set(ops) == {"equivariant_linear"}
+        between = changed.layers[0](x).relu()
+        torch.testing.assert_close(changed(x), changed.layers[1](between))
+    assert seen[0].min() < 0
+    hooked(x)
+    assert seen[1].min() < 0
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_training_keeps_a_feature_a_layer(activation: str) -> None:
+    torch.manual_seed(0)
+    unf = UNF(MLP, [3, 3, 3, 3, 3], activation, dtype=DOUBLE)
+    watched = copy.deepcopy(unf)
+    for layer in watched.layers:
+        layer.register_full_backward_hook(lambda *_: None)
+    x = torch.randn(4, MLP.numel, 3, dtype=DOUBLE)
+    with Held(2 * x.numel()) as held:
+        y = unf(x)
+    assert held.most == 4
+    x.requires_grad_()  # as the hooks would have it
+    gradients = [
+        torch.autograd.grad(each(x).pow(2).sum(), list(each.parameters()))
+        for each in (unf, watched)
+    ]
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(y, watched(x))
+    small = UNF(testing.labelled_mlp_spec(2, 3), [1, 2, 1], activation, dtype=DOUBLE)
+    x = torch.randn(2, small.spec.numel, 1, dtype=DOUBLE, requires_grad=True)
+    torch.autograd.gradgradcheck(small, (x,))
+
+
+def test_a_compiled_stack_without_gradients_is_one_op() -> None:
+    torch.manual_seed(0)
+    unf, x = UNF(MLP, [2, 3, 3]), torch.randn(3, MLP.numel, 2)
+    graphs: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph.code)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad(), _torch_warnings():
+        compiled = torch.compile(unf, backend=backend, fullgraph=True)
+        torch.testing.assert_close(compiled(x), unf(x))
+    assert len(graphs) == 1
+    assert graphs[0].count("weightops.equivariant") == 1
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -130,9 +130,7 @@ def _check_arguments(x: Tensor, theta: Tensor, bias: Tensor | None, plan: Equiva
     return own or own_bias
 
 
-def _grouped(
-    theta: Tensor, bias: Tensor | None, batch: int | None
-) -> tuple[Tensor, Tensor | None]:
+def _grouped(theta: Tensor, bias: Tensor | None, batch: int | None) -> tuple[Tensor, Tensor | None]:
     """Both with a group per sample of ``batch``, or one group where that is ``None`` or no sample."""
     if theta.dim() == 3:
         theta = theta[None]

@@ -230,7 +230,9 @@ def _check_stack(x: Tensor, theta: Sequence[Tensor], bias: Sequence[Tensor], cod
     _require(same, "layers differ in their groups")
     if len(theta) > 1:
         plan = decode(code)
-        _require(plan.inputs.parts == plan.outputs.parts, "a layer's output is no input of the next")
+        _require(
+            plan.inputs.parts == plan.outputs.parts, "a layer's output is no input of the next"
+        )
 
 
 def _relu_gradient(grad: Tensor, y: Tensor) -> Tensor:
@@ -260,7 +262,9 @@ def _stack_backward(args: Sequence, needs: Sequence, grad: Tensor) -> tuple:
     # What lies between was not kept: it is made again.
     features = [x]
     for n in range(len(theta) - (not activate_last)):
-        features.append(_stack_by_layers(features[n], theta[n : n + 1], bias[n : n + 1], code, True))
+        features.append(
+            _stack_by_layers(features[n], theta[n : n + 1], bias[n : n + 1], code, True)
+        )
     to_x: Tensor | None = grad
     to_theta: list = [None] * len(theta)
     to_bias: list = [None] * len(bias)
