@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 #include <memory>
 
 #include "equivariant_pool.h"
@@ -317,8 +316,7 @@ struct Network {
           const int64_t lane = columns[v].lane;
           begin_with(target, lane, span, job.parameters, broadcast, buffers + v * kTile * lanes,
                      frames[v]);
-          frames[v].least =
-              job.activate && target.whole ? T(0) : -std::numeric_limits<T>::infinity();
+          frames[v].activate = job.activate && target.whole;
           to[v] = (target.whole ? job.out : broadcast) + at(target.place, span.at) + lane;
           direct[v] = target.place.table.empty() && target.width - lane >= lanes;
           T* even = to[v] + span.begin * target.place.stride;

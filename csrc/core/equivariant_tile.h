@@ -118,14 +118,13 @@ struct Tile {
   using Factor = equivariant::Factor<T>;
   using Right = equivariant::Right<T>;
 
-  // What a tile's product begins with, common + scale * rows[m], the least that it may be, and
-  // where it goes.
+  // What a tile's product begins with, common + scale * rows[m], and where it goes.
   struct Frame {
     const T* rows;
     int64_t rows_stride;
     T scale;
     Vector common;
-    T least;
+    bool activate;  // relu
     T* out;
     int64_t out_stride;
   };
@@ -168,16 +167,16 @@ struct Tile {
 #pragma GCC unroll 2
     for (int v = 0; v < width; ++v) {
       T* to = frames[v].out + row * frames[v].out_stride;
-      const Vector least = Vector{} + frames[v].least;
+      if (frames[v].activate)
 #pragma GCC unroll 32
-      for (int m = 0; m < height; ++m, to += frames[v].out_stride) {
-        // This way round NaN is kept.
-        const Vector value = least > sum[m][v] ? least : sum[m][v];
+        for (int m = 0; m < height; ++m)
+          sum[m][v] = sum[m][v] < Vector{} ? Vector{} : sum[m][v];  // NaN is kept
+#pragma GCC unroll 32
+      for (int m = 0; m < height; ++m, to += frames[v].out_stride)
         if constexpr (streams)
-          stream(to, value);
+          stream(to, sum[m][v]);
         else
-          store(to, value);
-      }
+          store(to, sum[m][v]);
     }
   }
 
