@@ -66,6 +66,13 @@ struct Tile {
     store(to, value);
   }
 
+  // A value that is to stay in a register.
+  static WEIGHTOPS_INLINE void keep(Vector& value) {
+#if WEIGHTOPS_X86
+    if constexpr (Bytes == 64) asm("" : "+v"(value));
+#endif
+  }
+
   // to[0:length] (+)= scale * sum over `count` rows of from, `stride` elements apart.
   static WEIGHTOPS_INLINE void sum_rows(const T* from, int64_t stride, int64_t count,
                                         int64_t length, T* to, bool accumulate, T scale) {
