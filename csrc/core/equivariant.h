@@ -6,7 +6,7 @@
 #include <cmath>
 #include <memory>
 
-#include "equivariant_pool.h"
+#include "equivariant_taps.h"
 
 namespace weightops::equivariant {
 
@@ -40,7 +40,7 @@ struct Parameters {
 // What one thread needs for one network after the other.
 template <class T>
 struct Workspace {
-  Buffer<T> sums[2], broadcast, packed, tile, gradients;
+  Buffer<T> sums[2], broadcast, packed, tile, gradients, taps;
   Buffer<T> between[2];                 // what a layer of a stack makes for the next
   std::vector<Buffer<T>> blocks, bias;  // of every layer
   Buffer<const T*> rows;
@@ -57,6 +57,7 @@ template <class T, int Bytes>
 struct Network {
   using Arithmetic = Tile<T, Bytes>;
   using Pooling = Pool<T, Bytes>;
+  using TapsRows = TapsKernel<T, Bytes>;
   using Vector = typename Arithmetic::Vector;
   using Factor = typename Arithmetic::Factor;
   using Frame = typename Arithmetic::Frame;
@@ -260,6 +261,13 @@ struct Network {
     }
   }
 
+  // Compiled once for each instruction set.
+  struct Job;
+  struct Kernels {
+    void (*run_step)(const Job&, const Step&, int64_t, int64_t);
+    void (*run_taps)(const Job&, const Taps&, const Features<T>*, bool);
+  };
+
   // What all tiles of one network share.
   struct Job {
     const Program& program;
@@ -270,7 +278,7 @@ struct Network {
     Workspace<T>& workspace;
     const Outer* outer;       // may be null
     const Features<T>* next;  // what becomes of `out`, where its sums are taken on the way, or null
-    void (*run_step)(const Job&, const Step&);
+    const Kernels& kernels;
   };
 
   static WEIGHTOPS_INLINE void run_tile(const Job& job, const Step& step, const Span& span) {
@@ -386,14 +394,16 @@ struct Network {
     }
   }
 
-  static WEIGHTOPS_INLINE void run_step(const Job& job, const Step& step) {
+  // Outer positions [from, to) of a step.
+  static WEIGHTOPS_INLINE void run_step(const Job& job, const Step& step, int64_t from,
+                                        int64_t to) {
     const int64_t rank = step.outer_sizes.size();
     // Tiles below each other share the pages and lines of operands that lie the other way round.
     const int64_t band = step.turns ? 8 : 1;
     int64_t coordinates[64];
-    for (int64_t first = 0; first < step.outer; first += band)
+    for (int64_t first = from; first < to; first += band)
       for (int64_t begin = 0; begin < step.run; begin += step.tile)
-        for (int64_t outer = first; outer < std::min(step.outer, first + band); ++outer) {
+        for (int64_t outer = first; outer < std::min(to, first + band); ++outer) {
           int64_t rest = outer;
           for (int64_t dim = rank; dim-- > 0;) {
             coordinates[dim] = rest % step.outer_sizes[dim];
@@ -426,7 +436,89 @@ struct Network {
 
   // out = layer(from).
   static WEIGHTOPS_INLINE void run(const Job& job) {
-    for (const Step& step : job.program.steps) job.run_step(job, step);
+    for (const Step& step : job.program.steps) job.kernels.run_step(job, step, 0, step.outer);
+    for (const Group& group : job.program.groups) run_group(job, group, nullptr, false);
+  }
+
+  // One group's types all at once.
+  static WEIGHTOPS_INLINE void run_taps(const Job& job, const Taps& taps, const Features<T>* other,
+                                        bool mean) {
+    const Program& program = job.program;
+    const int64_t own = program.channels_read, width = program.channels_written;
+    const int64_t size = own * width;
+    T* packed = job.workspace.packed.get(0);
+    T* other_packed = packed + own * kTile;
+    T* blocks = job.workspace.taps.get(4 * size + 9 * width + lanes);
+    T *start = blocks + 4 * size, *zeros = start + 9 * width;
+    Arithmetic::store(zeros, Vector{});
+    // Means over rows and columns are the blocks' business, both when reading and when
+    // broadcasting.
+    const T third = program.mean || program.share ? T(1) / T(3) : T(1);
+    const T scales[4] = {1, third, third, third * third};
+    for (int q = 0; q < 4 && job.out; ++q)
+      for (int64_t i = 0; i < size; ++i)
+        blocks[q * size + i] = job.parameters.blocks[taps.terms[q] * size + i] * scales[q];
+    const T* broadcast = job.workspace.broadcast.get(0);
+    // This tile and the next are in the first-level cache.
+    const int64_t most = std::max<int64_t>(3, TapsRows::kPairs * kDepth / own);
+    for (int64_t o = 0; o < taps.sizes[0]; ++o) {
+      for (int64_t lane = 0; lane < width && job.out; lane += lanes)
+        for (int t = 0; t < 9; ++t) {
+          Vector sum = {};
+          if (job.parameters.bias) sum = Arithmetic::load(job.parameters.bias + taps.bias + lane);
+          if (taps.broadcast[1] >= 0)
+            sum += Arithmetic::load(broadcast + taps.broadcast[1] + (o * 9 + t) * width + lane) *
+                   T(taps.scales[1]);
+          Arithmetic::store(start + lane * 9 + t * lanes, sum);
+        }
+      for (int64_t i = 0; i < taps.sizes[1]; i += most) {
+        const int64_t pairs = std::min(most, taps.sizes[1] - i);
+        const T* from = job.from.values + taps.from_offset + o * taps.from_stride + i * 9 * own;
+        const int64_t at = taps.to_offset + o * taps.to_stride + i * 9 * width;
+        TapsRows::pack(from, own, pairs, false, packed);
+        const auto rows = TapsRows::rows(from, own, packed);
+        for (int64_t lane = 0; lane < width && job.out; lane += lanes) {
+          typename TapsRows::Column column{blocks + lane, start + lane * 9,    zeros,       0,
+                                           T(0),          job.out + at + lane, job.activate};
+          if (taps.broadcast[0] >= 0) {
+            column.broadcast = broadcast + taps.broadcast[0] + i * 9 * width + lane;
+            column.broadcast_stride = width;
+            column.scale = taps.scales[0];
+          }
+          const bool streams = job.stream && reinterpret_cast<uintptr_t>(column.out) % Bytes == 0;
+          for (int64_t p = 0; p < pairs; ++p) {
+            for (int64_t t = 0; t < 9; ++t)
+              __builtin_prefetch(from + (pairs * 9 + p * 9 + t) * own + lane % own);
+            if (streams)
+              TapsRows::template multiply<true>(rows, p, width, column);
+            else
+              TapsRows::template multiply<false>(rows, p, width, column);
+            column.out += 9 * width;
+            column.broadcast += 9 * column.broadcast_stride;
+          }
+        }
+        if (!job.outer) continue;
+        const T* left = other->values + at;
+        TapsRows::pack(left, width, pairs, mean, other_packed);
+        TapsRows::outer(TapsRows::rows(left, width, other_packed), rows, pairs, taps.terms,
+                        job.outer->gradient);
+      }
+    }
+  }
+
+  static WEIGHTOPS_INLINE void run_group(const Job& job, const Group& group,
+                                         const Features<T>* other, bool mean) {
+    const Program& program = job.program;
+    if constexpr (Bytes == 64)
+      if (group.taps.found) return job.kernels.run_taps(job, group.taps, other, mean);
+    for (int64_t band = 0; band < group.bands; ++band) {
+      Pooling::pool_band(job.from, group, group.nodes[program.reads], band, program.mean);
+      if (other) Pooling::pool_band(*other, group, group.nodes[1 - program.reads], band, mean);
+      for (const Step& step : group.steps) {
+        const int64_t outer = step.outer / group.bands;
+        job.kernels.run_step(job, step, band * outer, (band + 1) * outer);
+      }
+    }
   }
 
   // The sums that are taken on the way begin with zero.
@@ -452,12 +544,14 @@ struct Network {
     rest.outer = &later;
     rest.out = nullptr;
     for (const Step& step : program.steps)
-      if (job.out && !step.streams) job.run_step(job, step);
+      if (job.out && !step.streams) job.kernels.run_step(job, step, 0, step.outer);
     for (const Step& step : program.steps)
-      if (step.streams) job.run_step(streaming, step);
-    Pooling::pool(other, mean, &program.streamed);
+      if (step.streams) job.kernels.run_step(streaming, step, 0, step.outer);
+    Pooling::pool(other, mean, program.sliced[1 - program.reads], &program.streamed);
     for (const Step& step : program.steps)
-      if (!step.streams) job.run_step(rest, step);
+      if (!step.streams) job.kernels.run_step(rest, step, 0, step.outer);
+    rest.out = job.out;
+    for (const Group& group : program.groups) run_group(rest, group, &other, mean);
   }
 };
 

@@ -74,7 +74,7 @@ struct BackwardTask {
 template <class T, int Bytes>
 struct Batches {
   using Single = Network<T, Bytes>;
-  using RunStep = void (*)(const typename Single::Job&, const Step&);
+  using Kernels = typename Single::Kernels;
   static WEIGHTOPS_INLINE int64_t padded(int64_t channels) {
     return Single::Arithmetic::padded(channels);
   }
@@ -117,7 +117,7 @@ struct Batches {
 
   // A network goes through all layers before the next, so what lies between stays in the caches.
   static WEIGHTOPS_INLINE void forward(const ForwardTask<T>& task, int64_t begin, int64_t end,
-                                       Workspace<T>& workspace, RunStep run_step) {
+                                       Workspace<T>& workspace, const Kernels& kernels) {
     const size_t count = task.layers.size();
     workspace.layers(count);
     std::vector<Parameters<T>> parameters(count);
@@ -134,9 +134,9 @@ struct Batches {
       const Side& side = first.plan->sides[first.reads];
       Features<T> features{&side, task.x.data + b * task.x.stride, first.channels_read,
                            workspace.sums[0].get(side.slots * first.channels_read)};
-      Single::Pooling::pool(features, first.mean);
+      Single::Pooling::pool(features, first.mean, first.sliced[first.reads]);
       for (size_t l = 0; l + 1 < count; ++l) {
-        const Program& program = *task.layers[l].program;
+        const Program &program = *task.layers[l].program, &after = *task.layers[l + 1].program;
         const int64_t channels = program.channels_written;
         T* out = workspace.between[l % 2].get(side.numel * channels);
         const Features<T> next{&side, out, channels,
@@ -145,18 +145,19 @@ struct Batches {
         const bool streams = task.same_nodes && channels % Single::lanes == 0;
         if (streams) Single::clear(program, next);
         Single::run({program, features, parameters[l], out, false, true, workspace, nullptr,
-                     streams ? &next : nullptr, run_step});
-        Single::Pooling::pool(next, program.mean, streams ? &program.streamed : nullptr);
+                     streams ? &next : nullptr, kernels});
+        Single::Pooling::pool(next, after.mean, after.sliced[after.reads],
+                              streams ? &program.streamed : nullptr);
         features = next;
       }
       Single::run({*task.layers.back().program, features, parameters.back(),
                    task.out.data + b * task.out.stride, task.stream, task.activate_last, workspace,
-                   nullptr, nullptr, run_step});
+                   nullptr, nullptr, kernels});
     }
   }
 
   static WEIGHTOPS_INLINE void backward(const BackwardTask<T>& task, int64_t begin, int64_t end,
-                                        Workspace<T>& workspace, RunStep run_step) {
+                                        Workspace<T>& workspace, const Kernels& kernels) {
     const Problem<T>& problem = task.problem;
     const auto& sides = problem.plan.sides;
     const int64_t in = problem.channels[0], out = problem.channels[1];
@@ -178,10 +179,10 @@ struct Batches {
                             workspace.sums[0].get(sides[0].slots * in)};
         const Features<T> grad{&sides[1], task.grad.data + b * task.grad.stride, out,
                                workspace.sums[1].get(sides[1].slots * out)};
-        Single::Pooling::pool(grad, false);
+        Single::Pooling::pool(grad, false, task.program.sliced[1]);
         T* to_x = task.to_x.data ? task.to_x.data + b * task.to_x.stride : nullptr;
         Single::run_backward({task.program, grad, parameters, to_x, task.stream, false, workspace,
-                              nullptr, nullptr, run_step},
+                              nullptr, nullptr, kernels},
                              x, problem.plan.mean, to_theta);
         for (int64_t t = 0; t < tensors; ++t) {
           const T* sum = Single::Pooling::view(grad, sides[1].tensors[t].mean).data;
@@ -194,21 +195,30 @@ struct Batches {
 
 // Compiled once for each instruction set, and called by the entries, which would hold many copies
 // of it.
-#define WEIGHTOPS_EQUIVARIANT_ENTRY(suffix, attribute, bytes)                               \
-  template <class T>                                                                        \
-  attribute __attribute__((noinline)) void step_##suffix(                                   \
-      const typename Network<T, bytes>::Job& job, const Step& step) {                       \
-    Network<T, bytes>::run_step(job, step);                                                 \
-  }                                                                                         \
-  template <class T>                                                                        \
-  attribute void forward_##suffix(const ForwardTask<T>& task, int64_t begin, int64_t end,   \
-                                  Workspace<T>& workspace) {                                \
-    Batches<T, bytes>::forward(task, begin, end, workspace, step_##suffix<T>);              \
-  }                                                                                         \
-  template <class T>                                                                        \
-  attribute void backward_##suffix(const BackwardTask<T>& task, int64_t begin, int64_t end, \
-                                   Workspace<T>& workspace) {                               \
-    Batches<T, bytes>::backward(task, begin, end, workspace, step_##suffix<T>);             \
+#define WEIGHTOPS_EQUIVARIANT_ENTRY(suffix, attribute, bytes)                                   \
+  template <class T>                                                                            \
+  struct Kernels_##suffix {                                                                     \
+    using Single = Network<T, bytes>;                                                           \
+    using Job = typename Single::Job;                                                           \
+    attribute static __attribute__((noinline)) void step(const Job& job, const Step& step,      \
+                                                         int64_t from, int64_t to) {            \
+      Single::run_step(job, step, from, to);                                                    \
+    }                                                                                           \
+    attribute static __attribute__((noinline)) void taps(const Job& job, const Taps& taps,      \
+                                                         const Features<T>* other, bool mean) { \
+      if constexpr (bytes == 64) Single::run_taps(job, taps, other, mean);                      \
+    }                                                                                           \
+    static constexpr typename Single::Kernels all{step, taps};                                  \
+  };                                                                                            \
+  template <class T>                                                                            \
+  attribute void forward_##suffix(const ForwardTask<T>& task, int64_t begin, int64_t end,       \
+                                  Workspace<T>& workspace) {                                    \
+    Batches<T, bytes>::forward(task, begin, end, workspace, Kernels_##suffix<T>::all);          \
+  }                                                                                             \
+  template <class T>                                                                            \
+  attribute void backward_##suffix(const BackwardTask<T>& task, int64_t begin, int64_t end,     \
+                                   Workspace<T>& workspace) {                                   \
+    Batches<T, bytes>::backward(task, begin, end, workspace, Kernels_##suffix<T>::all);         \
   }
 // With sanitizers each set takes minutes to compile, and all are this one source.
 #if defined(__SANITIZE_ADDRESS__)

@@ -85,15 +85,31 @@ struct Pool {
     }
   }
 
-  // All nodes of a side that are sums, each tensor read once from memory. Sums over one index of a
-  // `streamed` tensor are there already, but for the division.
+  // Sums of one band of a group's tensor.
+  static WEIGHTOPS_INLINE void pool_band(const Features<T>& from, const Group& group,
+                                         const std::vector<int64_t>& numbers, int64_t index,
+                                         bool mean) {
+    for (int64_t number : numbers) {
+      const Node& node = from.side->nodes[number];
+      const Node& parent = from.side->nodes[node.parent];
+      View source = view(from, node.parent);
+      if (parent.whole) source.data += index * group.band * source.strides[0];
+      const int64_t size = parent.sizes[node.dropped];
+      sum_node(source, parent.sizes, node.dropped, 0, group.band, from.channels,
+               from.sums + node.slot * from.channels, false, mean ? T(1) / T(size) : T(1));
+    }
+  }
+
+  // All nodes of a side that are sums but for the `sliced` ones, each tensor read once from memory.
+  // Sums over one index of a `streamed` tensor are there already, but for the division.
   static WEIGHTOPS_INLINE void pool(const Features<T>& from, bool mean,
+                                    const std::vector<char>& sliced,
                                     const std::vector<char>* streamed = nullptr) {
     const auto& nodes = from.side->nodes;
     const auto scale = [&](int64_t size) { return mean ? T(1) / T(size) : T(1); };
     for (size_t number = 0; number < nodes.size(); ++number) {
       const Node& node = nodes[number];
-      if (node.children.empty()) continue;
+      if (node.children.empty() || sliced[number]) continue;
       if (node.numel == 0) {
         for (int64_t child : node.children)
           std::fill_n(from.sums + nodes[child].slot * from.channels,
@@ -115,9 +131,11 @@ struct Pool {
                                : std::max<int64_t>(4, kChunkBytes * rows / bytes);
       for (int64_t begin = 0; begin < rows; begin += step)
         for (int64_t child : node.children)
-          sum_node(source, node.sizes, nodes[child].dropped, begin, std::min(rows, begin + step),
-                   from.channels, from.sums + nodes[child].slot * from.channels,
-                   nodes[child].dropped == 0 && begin > 0, scale(node.sizes[nodes[child].dropped]));
+          if (!sliced[child])
+            sum_node(source, node.sizes, nodes[child].dropped, begin, std::min(rows, begin + step),
+                     from.channels, from.sums + nodes[child].slot * from.channels,
+                     nodes[child].dropped == 0 && begin > 0,
+                     scale(node.sizes[nodes[child].dropped]));
     }
   }
 };

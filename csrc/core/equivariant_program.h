@@ -2,7 +2,7 @@
 // that are the same for all networks.
 #pragma once
 
-#include "equivariant_plan.h"
+#include "equivariant_slice.h"
 
 namespace weightops::equivariant {
 
@@ -73,17 +73,42 @@ struct Step {
   std::vector<int64_t> terms;  // [reader][target] -> term, or -1
 };
 
+// Weights [out, in, 3, 3] with all of their sums over taps, for equivariant_taps.h. Offsets and
+// strides are elements.
+struct Taps {
+  bool found = false;
+  int64_t sizes[2];                    // out, in
+  int64_t terms[4];                    // of the weights, of sums over columns, rows and both
+  int64_t from_offset, from_stride;    // of the step to the next out
+  int64_t to_offset, to_stride, bias;  // likewise, of the targets' side
+  int64_t broadcast[2] = {-1, -1};     // [in, 3, 3] for every out, [out, 3, 3] for every in
+  double scales[2] = {0, 0};
+};
+
+// A tensor whose types run a band of its first axis at a time, behind all other steps.
+struct Group {
+  int64_t tensor, band, bands;
+  std::vector<int64_t> nodes[2];  // the sums that are taken of a band, by side
+  std::vector<Step> steps;
+  Taps taps;
+};
+
 struct Program {
   const Plan* plan;
   int reads;  // which side
   int64_t channels_read, channels_written, padded;
   std::vector<Step> steps;
+  std::vector<Group> groups;
+  std::vector<char> sliced[2];  // nodes by side: a group's
   size_t max_readers = 0, max_targets = 0;
   bool mean, share;            // divide by sizes when reading, when broadcasting
   std::vector<char> streamed;  // tensors of the targets' side that are in steps that stream
 
   Program(const Plan& plan, int reads, int64_t channels_read, int64_t channels_written,
           int64_t lanes);
+
+ private:
+  Step step(const Type& type, int64_t band, int64_t lanes);
 };
 
 namespace detail {
@@ -95,12 +120,19 @@ struct Layout {
   size_t split = 0;    // dimension
   int64_t factor = 1;  // its inner part
   size_t outer_rank = 0;
-  int64_t run = 1;
+  int64_t run = 1, band = 0;
 
-  explicit Layout(const Sizes& given) : whole(given), sizes(given), outer_rank(given.size()) {
-    while (outer_rank > 0 && run < kShortRun && run * sizes[outer_rank - 1] <= kTile)
+  // With a `band` the first dimension is that of bands, which no run crosses.
+  Layout(const Sizes& given, int64_t band) : whole(given), sizes(given), band(band) {
+    if (band > 0) {
+      sizes[0] /= band;
+      sizes.insert(sizes.begin() + 1, band);
+    }
+    const size_t kept = band > 0;
+    outer_rank = sizes.size();
+    while (outer_rank > kept && run < kShortRun && run * sizes[outer_rank - 1] <= kTile)
       run *= sizes[--outer_rank];
-    if (outer_rank == 0 || run >= kShortRun) return;
+    if (outer_rank == kept || run >= kShortRun) return;
     const int64_t size = sizes[outer_rank - 1];
     if (outer_rank == sizes.size() && size > kTile) {  // one long dimension is a run already
       run = sizes[--outer_rank];
@@ -121,7 +153,9 @@ struct Layout {
     sizes.insert(sizes.begin() + split + 1, factor);
   }
 
-  Sizes strides(Sizes given) const {
+  // What is held of one band only lies in the same place for every band.
+  Sizes strides(Sizes given, bool of_band) const {
+    if (band > 0) given.insert(given.begin(), of_band ? 0 : given[0] * band);
     if (factor == 1) return given;
     given.insert(given.begin() + split, given[split] * factor);
     return given;
@@ -129,9 +163,9 @@ struct Layout {
 };
 
 // Where a run of several dimensions is not even, or `tabled` is wanted anyway, it has a table.
-inline Place place(const Layout& layout, int64_t offset, const Sizes& unsplit,
+inline Place place(const Layout& layout, int64_t offset, const Sizes& unsplit, bool of_band,
                    bool tabled = false) {
-  const Sizes &sizes = layout.sizes, strides = layout.strides(unsplit);
+  const Sizes &sizes = layout.sizes, strides = layout.strides(unsplit, of_band);
   const size_t rank = sizes.size(), outer_rank = layout.outer_rank;
   Place place{offset, Sizes(strides.begin(), strides.begin() + outer_rank), 0, {}};
   if (rank == outer_rank) return place;
@@ -158,20 +192,22 @@ inline Sizes turned(const Sizes& strides, const Sizes& dims, int64_t scale) {
   return result;
 }
 
-inline Source source(const Side& side, const Operand& operand, const Layout& layout,
-                     int64_t channels) {
+inline Source source(const Side& side, const std::vector<char>& sliced, const Operand& operand,
+                     const Layout& layout, int64_t channels) {
   const Node& node = side.nodes[operand.node];
   const bool whole = node.parent < 0;
   const int64_t offset = whole ? side.tensors[node.tensor].offset : node.slot;
-  Source source{
-      whole, place(layout, offset * channels, turned(node.strides, operand.dims, channels)), {}};
+  Source source{whole,
+                place(layout, offset * channels, turned(node.strides, operand.dims, channels),
+                      sliced[operand.node]),
+                {}};
   if (node.whole)
     for (int64_t number : node.children) {
       const Node& child = side.nodes[number];
       Sizes spread = child.strides;
       spread.insert(spread.begin() + child.dropped, 0);
-      source.sums.push_back(
-          place(layout, child.slot * channels, turned(spread, operand.dims, channels), true));
+      source.sums.push_back(place(layout, child.slot * channels,
+                                  turned(spread, operand.dims, channels), sliced[number], true));
     }
   return source;
 }
@@ -206,26 +242,83 @@ inline void add_diagonal(Target& target, const Step& step, const Sizes& sizes, c
   }
 }
 
-inline Target target(const Side& side, const Operand& operand, const Step& step,
-                     const Layout& layout, int64_t channels, int64_t padded, bool share) {
+inline Target target(const Side& side, const std::vector<char>& sliced, const Operand& operand,
+                     const Step& step, const Layout& layout, int64_t channels, int64_t padded,
+                     bool share) {
   const Node& node = side.nodes[operand.node];
   Target target{
       node.whole, {}, node.whole ? channels : padded, node.whole ? node.tensor * padded : -1, {},
       {},         {}};
   const int64_t offset = node.whole ? side.tensors[node.tensor].offset : node.write_slot;
   const Sizes strides = node.whole ? node.strides : dense_strides(node.sizes);
-  target.place = place(layout, offset * target.width, turned(strides, operand.dims, target.width));
+  target.place = place(layout, offset * target.width, turned(strides, operand.dims, target.width),
+                       sliced[operand.node]);
   for (int64_t number : node.children) {
     const Node& child = side.nodes[number];
     Sizes spread = child.strides;
     spread.insert(spread.begin() + child.dropped, 0);
-    target.addends.push_back(
-        {place(layout, child.write_slot * padded, turned(spread, operand.dims, padded), true),
-         share ? 1.0 / node.sizes[child.dropped] : 1.0});
+    target.addends.push_back({place(layout, child.write_slot * padded,
+                                    turned(spread, operand.dims, padded), sliced[number], true),
+                              share ? 1.0 / node.sizes[child.dropped] : 1.0});
   }
   for (int64_t number : node.diagonals)
     add_diagonal(target, step, layout.whole, node, side.nodes[number], operand.dims, padded);
   return target;
+}
+
+// A band's features take about half of the first-level cache.
+inline Group group(const Plan& plan, const Slicing& slicing, int64_t tensor, int64_t channels) {
+  const Sizes& sizes = plan.sides[0].tensors[tensor].sizes;
+  const int64_t most = std::max<int64_t>(1, 24576 * sizes[0] / (product(sizes) * channels * 4));
+  Group group{tensor, std::min(most, sizes[0]), 0, {}, {}, {}};
+  while (sizes[0] % group.band != 0) --group.band;
+  group.bands = sizes[0] / group.band;
+  for (int s = 0; s < 2; ++s)
+    for (size_t n = 0; n < slicing.nodes[s].size(); ++n)
+      if (slicing.nodes[s][n] && plan.sides[s].nodes[n].tensor == tensor)
+        group.nodes[s].push_back(n);
+  return group;
+}
+
+// Which of the weights (0), their sums over columns, rows and both a banded node is.
+inline int taps_part(const Side& side, const Node& node) {
+  if (node.whole) return 0;
+  return side.nodes[node.parent].whole ? 4 - node.dropped : 3;
+}
+
+inline Taps taps(const Plan& plan, int reads, const Group& group,
+                 const std::vector<const Type*>& types, int64_t channels_read,
+                 int64_t channels_written) {
+  const Side &from = plan.sides[reads], &to = plan.sides[1 - reads];
+  const Tensor &source = from.tensors[group.tensor], &target = to.tensors[group.tensor];
+  Taps taps{};
+  const auto is_3x3 = [](const Tensor& tensor) {
+    return tensor.sizes.size() == 4 && tensor.sizes[2] == 3 && tensor.sizes[3] == 3 &&
+           tensor.strides[1] == 9 && tensor.strides[2] == 3 && tensor.strides[3] == 1;
+  };
+  if (!is_3x3(source) || !is_3x3(target) || types.size() != 4 || group.nodes[0].size() != 3 ||
+      group.nodes[1].size() != 3 || channels_read % kDepth != 0 || channels_written % kDepth != 0)
+    return taps;
+  for (const Type* type : types) {
+    if (type->readers.size() != 1 || type->writers.size() != 1 || type->term(0, 0) < 0) return taps;
+    const int part = taps_part(from, from.nodes[type->readers[0].node]);
+    if (part != taps_part(to, to.nodes[type->writers[0].node])) return taps;
+    taps.terms[part] = type->term(0, 0);
+  }
+  for (int axis = 0; axis < 2; ++axis) taps.sizes[axis] = source.sizes[axis];
+  taps.from_offset = source.offset * channels_read;
+  taps.from_stride = source.strides[0] * channels_read;
+  taps.to_offset = target.offset * channels_written;
+  taps.to_stride = target.strides[0] * channels_written;
+  taps.bias = group.tensor * channels_written;
+  for (int64_t number : to.nodes[target.whole].children) {
+    const Node& child = to.nodes[number];
+    if (child.dropped > 1) continue;
+    taps.broadcast[child.dropped] = child.write_slot * channels_written;
+    taps.scales[child.dropped] = plan.mean && reads == 1 ? 1.0 / target.sizes[child.dropped] : 1.0;
+  }
+  taps.found = true;
+  return taps;
 }
 
 }  // namespace detail
@@ -239,57 +332,74 @@ inline Program::Program(const Plan& plan, int reads, int64_t channels_read,
       padded((channels_written + lanes - 1) / lanes * lanes),
       mean(plan.mean && reads == 0),
       share(plan.mean && reads == 1) {
-  const Side &from = plan.sides[reads], &to = plan.sides[1 - reads];
-  streamed.assign(to.tensors.size(), 0);
-  for (const Type& type : plan.types[reads]) {
+  const Slicing slicing(plan);
+  for (int side = 0; side < 2; ++side) sliced[side] = slicing.nodes[side];
+  streamed.assign(plan.sides[1 - reads].tensors.size(), 0);
+  for (const int64_t tensor : slicing.tensors)
+    groups.push_back(
+        detail::group(plan, slicing, tensor, std::max(channels_read, channels_written)));
+  std::vector<std::vector<const Type*>> members(groups.size());
+  for (size_t t = 0; t < plan.types[reads].size(); ++t) {
+    const Type& type = plan.types[reads][t];
     if (type.writers.empty() || product(type.sizes) == 0) continue;
-    Step step;
-    const detail::Layout layout(type.sizes);
-    step.outer_sizes.assign(layout.sizes.begin(), layout.sizes.begin() + layout.outer_rank);
-    step.outer = product(step.outer_sizes);
-    step.run = layout.run;
-    step.terms = type.table;
-    // What a tile reads stays in the first-level cache; tiles are of a length, a multiple of 12
-    // rows.
-    const auto row = [](size_t count, int64_t channels) {
-      return int64_t(count) * ((channels + kDepth - 1) / kDepth) * kDepth * 4;
-    };
-    const int64_t a_row = row(type.readers.size(), channels_read) +
-                          (reads == 1 ? row(type.writers.size(), channels_written) : 0);
-    const int64_t most = std::clamp<int64_t>(16384 / std::max<int64_t>(1, a_row), 48, kTile);
-    const int64_t tiles = (step.run + most - 1) / most;
-    step.tile = std::min(most, ((step.run + tiles - 1) / tiles + 11) / 12 * 12);
-    for (const Operand& operand : type.readers)
-      step.readers.push_back(detail::source(from, operand, layout, channels_read));
-    for (const Operand& operand : type.writers) {
-      step.others.push_back(detail::source(to, operand, layout, channels_written));
-      step.targets.push_back(
-          detail::target(to, operand, step, layout, channels_written, padded, share));
-    }
-    for (size_t w = 0; w < type.writers.size(); ++w)
-      for (int64_t lane = 0; lane < padded; lane += lanes) {
-        Column column{int64_t(w), lane, {}, {}};
-        for (size_t r = 0; r < type.readers.size(); ++r)
-          if (const int64_t term = type.term(r, w); term >= 0) {
-            column.readers.push_back(r);
-            column.blocks.push_back(term * channels_read * padded + lane);
-          }
-        step.columns.push_back(std::move(column));
-      }
-    for (const Source& each : step.readers)
-      step.turns |= each.whole && each.place.stride != channels_read;
-    for (const Target& each : step.targets)
-      step.turns |= each.whole && each.place.stride != channels_written;
-    step.turns &= layout.outer_rank > 0;
-    // With more indices there are more sums, which then cost more than reading twice.
-    step.streams = type.sizes.size() == 2;
-    for (const Target& each : step.targets) step.streams &= each.whole;
-    if (step.streams)
-      for (const Operand& operand : type.writers) streamed[to.nodes[operand.node].tensor] = 1;
-    max_readers = std::max(max_readers, step.readers.size());
-    max_targets = std::max(max_targets, step.targets.size());
-    steps.push_back(std::move(step));
+    const int64_t group = slicing.group_of_type[t];
+    if (group >= 0) members[group].push_back(&type);
+    Step made = step(type, group < 0 ? 0 : groups[group].band, lanes);
+    (group < 0 ? steps : groups[group].steps).push_back(std::move(made));
   }
+  for (size_t g = 0; g < groups.size(); ++g)
+    groups[g].taps =
+        detail::taps(plan, reads, groups[g], members[g], channels_read, channels_written);
+}
+
+inline Step Program::step(const Type& type, int64_t band, int64_t lanes) {
+  const Side &from = plan->sides[reads], &to = plan->sides[1 - reads];
+  Step step;
+  const detail::Layout layout(type.sizes, band);
+  step.outer_sizes.assign(layout.sizes.begin(), layout.sizes.begin() + layout.outer_rank);
+  step.outer = product(step.outer_sizes);
+  step.run = layout.run;
+  step.terms = type.table;
+  // What a tile reads stays in the first-level cache; tiles are of a length, a multiple of 12
+  // rows.
+  const auto row = [](size_t count, int64_t channels) {
+    return int64_t(count) * ((channels + kDepth - 1) / kDepth) * kDepth * 4;
+  };
+  const int64_t a_row = row(type.readers.size(), channels_read) +
+                        (reads == 1 ? row(type.writers.size(), channels_written) : 0);
+  const int64_t most = std::clamp<int64_t>(16384 / std::max<int64_t>(1, a_row), 48, kTile);
+  const int64_t tiles = (step.run + most - 1) / most;
+  step.tile = std::min(most, ((step.run + tiles - 1) / tiles + 11) / 12 * 12);
+  for (const Operand& operand : type.readers)
+    step.readers.push_back(detail::source(from, sliced[reads], operand, layout, channels_read));
+  for (const Operand& operand : type.writers) {
+    step.others.push_back(detail::source(to, sliced[1 - reads], operand, layout, channels_written));
+    step.targets.push_back(detail::target(to, sliced[1 - reads], operand, step, layout,
+                                          channels_written, padded, share));
+  }
+  for (size_t w = 0; w < type.writers.size(); ++w)
+    for (int64_t lane = 0; lane < padded; lane += lanes) {
+      Column column{int64_t(w), lane, {}, {}};
+      for (size_t r = 0; r < type.readers.size(); ++r)
+        if (const int64_t term = type.term(r, w); term >= 0) {
+          column.readers.push_back(r);
+          column.blocks.push_back(term * channels_read * padded + lane);
+        }
+      step.columns.push_back(std::move(column));
+    }
+  for (const Source& each : step.readers)
+    step.turns |= each.whole && each.place.stride != channels_read;
+  for (const Target& each : step.targets)
+    step.turns |= each.whole && each.place.stride != channels_written;
+  step.turns &= layout.outer_rank > 0 && band == 0;
+  // With more indices there are more sums, which then cost more than reading twice.
+  step.streams = type.sizes.size() == 2;
+  for (const Target& each : step.targets) step.streams &= each.whole;
+  if (step.streams)
+    for (const Operand& operand : type.writers) streamed[to.nodes[operand.node].tensor] = 1;
+  max_readers = std::max(max_readers, step.readers.size());
+  max_targets = std::max(max_targets, step.targets.size());
+  return step;
 }
 
 }  // namespace weightops::equivariant

@@ -66,6 +66,16 @@ struct Tile {
     store(to, value);
   }
 
+  // A value that is to stay in a register.
+  static WEIGHTOPS_INLINE void keep(Vector& value) {
+#if WEIGHTOPS_X86
+    if constexpr (Bytes == 64) asm("" : "+v"(value));
+#endif
+  }
+
+  // NaN is kept.
+  static WEIGHTOPS_INLINE Vector relu(const Vector& x) { return x < Vector{} ? Vector{} : x; }
+
   // to[0:length] (+)= scale * sum over `count` rows of from, `stride` elements apart.
   static WEIGHTOPS_INLINE void sum_rows(const T* from, int64_t stride, int64_t count,
                                         int64_t length, T* to, bool accumulate, T scale) {
@@ -169,8 +179,7 @@ struct Tile {
       T* to = frames[v].out + row * frames[v].out_stride;
       if (frames[v].activate)
 #pragma GCC unroll 32
-        for (int m = 0; m < height; ++m)
-          sum[m][v] = sum[m][v] < Vector{} ? Vector{} : sum[m][v];  // NaN is kept
+        for (int m = 0; m < height; ++m) sum[m][v] = relu(sum[m][v]);
 #pragma GCC unroll 32
       for (int m = 0; m < height; ++m, to += frames[v].out_stride)
         if constexpr (streams)

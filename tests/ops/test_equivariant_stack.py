@@ -130,6 +130,23 @@ def test_mixed_channels(
     torch.testing.assert_close(given_.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("channels", [(16, 16, 16), (16, 32, 16, 3), (3, 16, 17)], ids=str)
+def test_every_way_to_write_a_convolution_ends_in_relu(
+    channels: tuple[int, ...], dtype: torch.dtype, last: bool
+) -> None:
+    for kernel_size in (3, 5):
+        plan = EquivariantPlan(testing.cnn_spec(3, 16, 32, kernel=kernel_size))
+        leaves = make(plan, channels, dtype=dtype)
+        y, rest = leaves[0], leaves[1:]
+        while rest:
+            y = op.equivariant_linear(y, rest.pop(0), rest.pop(0), plan)
+            y = y.relu() if rest or last else y
+        torch.testing.assert_close(stack(leaves, plan, True, last), y, rtol=1e-4, atol=1e-4)
+        assert (y < 0).any() == (not last)
+
+
 @kernel
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_halves_are_computed_in_float32(dtype: torch.dtype) -> None:

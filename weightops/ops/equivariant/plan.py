@@ -266,14 +266,13 @@ class EquivariantPlan:
         return side.number(part, blocks, dropped), tuple(blocks.index(block) for block in kept)
 
     def _loop_order(self, rank: int, listed: Sequence) -> list[int]:
-        """Type dimensions, slowest first, as most whole tensors of the type lie in memory."""
-        votes = [0] * rank
+        """Type dimensions, slowest first, as most whole tensors of the type lie in memory, else most nodes."""
+        votes = [(0, 0)] * rank
         for side, operands in zip((self.inputs, self.outputs), listed, strict=True):
             for number, dims in operands:
-                node = side.nodes[number]
-                if node.parent is None:
-                    for d, position in enumerate(dims):
-                        votes[d] += position
+                whole = side.nodes[number].parent is None
+                for d, position in enumerate(dims):
+                    votes[d] = (votes[d][0] + position * whole, votes[d][1] + position)
         return sorted(range(rank), key=lambda d: votes[d])
 
     def _integers(self) -> Iterator[int]:
