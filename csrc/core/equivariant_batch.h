@@ -74,11 +74,10 @@ struct Batches {
 
   // Blocks [term, channels read, padded channels written] of one group's theta.
   static WEIGHTOPS_INLINE const T* blocks_of(const Problem<T>& problem, int64_t group, int reads,
-                                             Buffer<T>& buffer) {
+                                             int64_t width, Buffer<T>& buffer) {
     const T* theta = problem.theta + group * problem.theta_size();
     const int64_t in = problem.channels[0], out = problem.channels[1];
     const int64_t rows = problem.channels[reads], columns = problem.channels[1 - reads];
-    const int64_t width = padded(columns);
     if (reads == 0 && width == columns) return theta;
     T* blocks = buffer.get(problem.plan.terms * rows * width);
     for (int64_t t = 0; t < problem.plan.terms; ++t) {
@@ -107,7 +106,7 @@ struct Batches {
     for (int64_t b = begin, group = -1; b < end; ++b) {
       if (b / problem.samples_a_group() != group) {
         group = b / problem.samples_a_group();
-        parameters.blocks = blocks_of(problem, group, program.reads, workspace.blocks);
+        parameters.blocks = blocks_of(problem, group, program.reads, width, workspace.blocks);
         const T* source =
             task.bias ? task.bias + group * int64_t(to.tensors.size()) * written : nullptr;
         for (int64_t i = 0; i < bias_size; ++i)
@@ -133,7 +132,7 @@ struct Batches {
     for (int64_t run = begin, group = -1; run < end; ++run) {
       if (task.to_x.data && run / task.runs.runs_a_group != group) {
         group = run / task.runs.runs_a_group;
-        parameters.blocks = blocks_of(problem, group, 1, workspace.blocks);
+        parameters.blocks = blocks_of(problem, group, 1, task.program.padded, workspace.blocks);
       }
       T *to_theta = task.to_theta + run * theta_size, *to_bias = task.to_bias + run * bias_size;
       std::fill(to_theta, to_theta + theta_size, T(0));
@@ -170,7 +169,7 @@ struct Batches {
     }                                                                                           \
     attribute static __attribute__((noinline)) void taps(const Job& job, const Taps& taps,      \
                                                          const Features<T>* other, bool mean) { \
-      if constexpr (bytes == 64) Single::run_taps(job, taps, other, mean);                      \
+      if constexpr (bytes == 64) Single::run_any_taps(job, taps, other, mean);                  \
     }                                                                                           \
     static constexpr typename Single::Kernels all{step, taps};                                  \
   };                                                                                            \

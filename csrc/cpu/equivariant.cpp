@@ -62,7 +62,8 @@ Tensor linear(Prepared& prepared, const Tensor& x, const Tensor& theta,
                            static_cast<const T*>(theta.const_data_ptr())};
   const int64_t numel = plan.sides[1 - reads].numel, channels = problem.channels[1 - reads];
   Tensor out = torch::stable::new_empty(x, {x.size(0), numel, channels});
-  const int64_t lanes = equivariant::vector_bytes() / sizeof(T);
+  const int64_t wide = equivariant::vector_bytes() / sizeof(T);
+  const int64_t lanes = channels == 1 && problem.channels[reads] % wide == 0 ? 1 : wide;
   const auto program = prepared.program(reads, problem.channels[reads], channels, lanes);
   const bool stream = out.numel() * int64_t(sizeof(T)) >= kStreamBytes;
   const ForwardTask<T> task{problem,
