@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "equivariant_taps.h"
+#include "equivariant_thin.h"
 
 namespace weightops::equivariant {
 
@@ -394,6 +395,52 @@ struct Network {
     }
   }
 
+  static WEIGHTOPS_INLINE void run_thin_tile(const Job& job, const Step& step, const Span& span) {
+    using Dots = DotProducts<T, Bytes>;
+    T* broadcast = job.workspace.broadcast.get(0);
+    T start[kTile];
+    for (const Column& column : step.columns) {
+      const Target& target = step.targets[column.target];
+      T common = target.bias >= 0 && job.parameters.bias ? job.parameters.bias[target.bias] : T(0);
+      for (const Addend& each : target.addends)
+        if (!each.place.moves()) common += broadcast[at(each.place, span.at)] * T(each.scale);
+      std::fill_n(start, span.size(), common);
+      for (const Addend& each : target.addends) {
+        if (!each.place.moves()) continue;
+        const T *from = broadcast + at(each.place, span.at), scale = each.scale;
+        for (int64_t m = 0; m < span.size(); ++m)
+          start[m] += from[each.place.along(span.begin + m)] * scale;
+      }
+      if (!target.diagonal_begin.empty())
+        for (int64_t d = target.diagonal_begin[span.outer];
+             d < target.diagonal_begin[span.outer + 1]; ++d) {
+          const OnDiagonal& each = target.diagonal[d];
+          if (each.at >= span.begin && each.at < span.end)
+            start[each.at - span.begin] += broadcast[each.offset];
+        }
+      T* to = (target.whole ? job.out : broadcast) + at(target.place, span.at);
+      for (int64_t m = 0; m < span.size(); m += lanes) {
+        const int64_t count = std::min<int64_t>(lanes, span.size() - m);
+        Vector sums[lanes] = {};
+        for (size_t f = 0; f < column.readers.size(); ++f) {
+          const Source& source = step.readers[column.readers[f]];
+          const T* from =
+              (source.whole ? job.from.values : job.from.sums) + at(source.place, span.at);
+          const T* rows[lanes];
+          for (int64_t r = 0; r < lanes; ++r)
+            rows[r] = from + source.place.along(span.begin + m + std::min(r, count - 1));
+          Dots::add(rows, job.parameters.blocks + column.blocks[f], job.from.channels, sums);
+        }
+        const Vector found = Dots::across(sums);
+        for (int64_t r = 0; r < count; ++r) {
+          const T value = start[m + r] + found[r];
+          const bool cut = job.activate && target.whole && value < 0;
+          to[target.place.along(span.begin + m + r)] = cut ? T(0) : value;
+        }
+      }
+    }
+  }
+
   // Outer positions [from, to) of a step.
   static WEIGHTOPS_INLINE void run_step(const Job& job, const Step& step, int64_t from,
                                         int64_t to) {
@@ -409,9 +456,13 @@ struct Network {
             coordinates[dim] = rest % step.outer_sizes[dim];
             rest /= step.outer_sizes[dim];
           }
-          run_tile(job, step,
-                   {coordinates, outer, begin, std::min(begin + step.tile, step.run),
-                    step.turns ? step.run : step.tile, step.tile});
+          const Span span{coordinates,
+                          outer,
+                          begin,
+                          std::min(begin + step.tile, step.run),
+                          step.turns ? step.run : step.tile,
+                          step.tile};
+          job.program.thin ? run_thin_tile(job, step, span) : run_tile(job, step, span);
         }
   }
 
@@ -440,24 +491,30 @@ struct Network {
     for (const Group& group : job.program.groups) run_group(job, group, nullptr, false);
   }
 
-  // One group's types all at once.
-  static WEIGHTOPS_INLINE void run_taps(const Job& job, const Taps& taps, const Features<T>* other,
-                                        bool mean) {
+  // The blocks of a group's four types. Means over rows and columns are their business, both when
+  // reading and when broadcasting.
+  static WEIGHTOPS_INLINE T* taps_blocks(const Job& job, const Taps& taps, int64_t more) {
     const Program& program = job.program;
-    const int64_t own = program.channels_read, width = program.channels_written;
-    const int64_t size = own * width;
-    T* packed = job.workspace.packed.get(0);
-    T* other_packed = packed + own * kTile;
-    T* blocks = job.workspace.taps.get(4 * size + 9 * width + lanes);
-    T *start = blocks + 4 * size, *zeros = start + 9 * width;
-    Arithmetic::store(zeros, Vector{});
-    // Means over rows and columns are the blocks' business, both when reading and when
-    // broadcasting.
+    const int64_t size = program.channels_read * program.channels_written;
+    T* blocks = job.workspace.taps.get(4 * size + more);
     const T third = program.mean || program.share ? T(1) / T(3) : T(1);
     const T scales[4] = {1, third, third, third * third};
     for (int q = 0; q < 4 && job.out; ++q)
       for (int64_t i = 0; i < size; ++i)
         blocks[q * size + i] = job.parameters.blocks[taps.terms[q] * size + i] * scales[q];
+    return blocks;
+  }
+
+  // One group's types all at once.
+  static WEIGHTOPS_INLINE void run_taps(const Job& job, const Taps& taps, const Features<T>* other,
+                                        bool mean) {
+    const Program& program = job.program;
+    const int64_t own = program.channels_read, width = program.channels_written;
+    T* packed = job.workspace.packed.get(0);
+    T* other_packed = packed + own * kTile;
+    T* blocks = taps_blocks(job, taps, 9 * width + lanes);
+    T *start = blocks + 4 * own * width, *zeros = start + 9 * width;
+    Arithmetic::store(zeros, Vector{});
     const T* broadcast = job.workspace.broadcast.get(0);
     // This tile and the next are in the first-level cache.
     const int64_t most = std::max<int64_t>(3, TapsRows::kPairs * kDepth / own);
@@ -506,11 +563,45 @@ struct Network {
     }
   }
 
+  static WEIGHTOPS_INLINE void run_thin_taps(const Job& job, const Taps& taps) {
+    const int64_t own = job.from.channels;
+    const T *blocks = taps_blocks(job, taps, 0), *broadcast = job.workspace.broadcast.get(0);
+    for (int64_t o = 0; o < taps.sizes[0]; ++o) {
+      Vector start = {};
+      for (int t = 0; t < 9; ++t) {
+        start[t] = job.parameters.bias ? job.parameters.bias[taps.bias] : T(0);
+        if (taps.broadcast[1] >= 0)
+          start[t] += broadcast[taps.broadcast[1] + o * 9 + t] * T(taps.scales[1]);
+      }
+      const T* from = job.from.values + taps.from_offset + o * taps.from_stride;
+      T* to = job.out + taps.to_offset + o * taps.to_stride;
+      for (int64_t i = 0; i < taps.sizes[1]; ++i, from += 9 * own, to += 9) {
+        Vector sum = start;
+        if (taps.broadcast[0] >= 0) {
+          Vector nine = {};
+          std::memcpy(&nine, broadcast + taps.broadcast[0] + i * 9, 9 * sizeof(T));
+          sum += nine * T(taps.scales[0]);
+        }
+        sum += DotProducts<T, Bytes>::taps(from, own, blocks);
+        if (job.activate) sum = Arithmetic::relu(sum);
+        std::memcpy(to, &sum, 9 * sizeof(T));
+      }
+    }
+  }
+
+  static WEIGHTOPS_INLINE void run_any_taps(const Job& job, const Taps& taps,
+                                            const Features<T>* other, bool mean) {
+    if constexpr (lanes == 16)
+      if (job.program.thin) return run_thin_taps(job, taps);
+    run_taps(job, taps, other, mean);
+  }
+
   static WEIGHTOPS_INLINE void run_group(const Job& job, const Group& group,
                                          const Features<T>* other, bool mean) {
     const Program& program = job.program;
     if constexpr (Bytes == 64)
-      if (group.taps.found) return job.kernels.run_taps(job, group.taps, other, mean);
+      if (group.taps.found && !(program.thin && lanes != 16))
+        return job.kernels.run_taps(job, group.taps, other, mean);
     for (int64_t band = 0; band < group.bands; ++band) {
       Pooling::pool_band(job.from, group, group.nodes[program.reads], band, program.mean);
       if (other) Pooling::pool_band(*other, group, group.nodes[1 - program.reads], band, mean);

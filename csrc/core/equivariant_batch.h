@@ -81,11 +81,10 @@ struct Batches {
 
   // Blocks [term, channels read, padded channels written] of one group's theta.
   static WEIGHTOPS_INLINE const T* blocks_of(const Problem<T>& problem, int64_t group, int reads,
-                                             Buffer<T>& buffer) {
+                                             int64_t width, Buffer<T>& buffer) {
     const T* theta = problem.theta + group * problem.theta_size();
     const int64_t in = problem.channels[0], out = problem.channels[1];
     const int64_t rows = problem.channels[reads], columns = problem.channels[1 - reads];
-    const int64_t width = padded(columns);
     if (reads == 0 && width == columns) return theta;
     T* blocks = buffer.get(problem.plan.terms * rows * width);
     for (int64_t t = 0; t < problem.plan.terms; ++t) {
@@ -104,7 +103,7 @@ struct Batches {
   static WEIGHTOPS_INLINE Parameters<T> parameters_of(const Layer<T>& layer, int64_t group,
                                                       Buffer<T>& blocks, Buffer<T>& bias) {
     const Program& program = *layer.program;
-    const T* own = blocks_of(layer.problem, group, program.reads, blocks);
+    const T* own = blocks_of(layer.problem, group, program.reads, program.padded, blocks);
     if (layer.bias == nullptr) return {own, nullptr};
     const int64_t tensors = layer.problem.plan.sides[1 - program.reads].tensors.size();
     const int64_t width = program.padded, written = program.channels_written;
@@ -169,7 +168,7 @@ struct Batches {
     for (int64_t run = begin, group = -1; run < end; ++run) {
       if (task.to_x.data && run / task.runs.runs_a_group != group) {
         group = run / task.runs.runs_a_group;
-        parameters.blocks = blocks_of(problem, group, 1, workspace.blocks[0]);
+        parameters.blocks = blocks_of(problem, group, 1, task.program.padded, workspace.blocks[0]);
       }
       T *to_theta = task.to_theta + run * theta_size, *to_bias = task.to_bias + run * bias_size;
       std::fill(to_theta, to_theta + theta_size, T(0));
@@ -206,7 +205,7 @@ struct Batches {
     }                                                                                           \
     attribute static __attribute__((noinline)) void taps(const Job& job, const Taps& taps,      \
                                                          const Features<T>* other, bool mean) { \
-      if constexpr (bytes == 64) Single::run_taps(job, taps, other, mean);                      \
+      if constexpr (bytes == 64) Single::run_any_taps(job, taps, other, mean);                  \
     }                                                                                           \
     static constexpr typename Single::Kernels all{step, taps};                                  \
   };                                                                                            \

@@ -101,6 +101,7 @@ struct Program {
   std::vector<Group> groups;
   std::vector<char> sliced[2];  // nodes by side: a group's
   size_t max_readers = 0, max_targets = 0;
+  bool thin;                   // to one channel, see equivariant_thin.h: rows are not padded
   bool mean, share;            // divide by sizes when reading, when broadcasting
   std::vector<char> streamed;  // tensors of the targets' side that are in steps that stream
 
@@ -288,7 +289,7 @@ inline int taps_part(const Side& side, const Node& node) {
 
 inline Taps taps(const Plan& plan, int reads, const Group& group,
                  const std::vector<const Type*>& types, int64_t channels_read,
-                 int64_t channels_written) {
+                 int64_t channels_written, bool thin) {
   const Side &from = plan.sides[reads], &to = plan.sides[1 - reads];
   const Tensor &source = from.tensors[group.tensor], &target = to.tensors[group.tensor];
   Taps taps{};
@@ -297,7 +298,8 @@ inline Taps taps(const Plan& plan, int reads, const Group& group,
            tensor.strides[1] == 9 && tensor.strides[2] == 3 && tensor.strides[3] == 1;
   };
   if (!is_3x3(source) || !is_3x3(target) || types.size() != 4 || group.nodes[0].size() != 3 ||
-      group.nodes[1].size() != 3 || channels_read % kDepth != 0 || channels_written % kDepth != 0)
+      group.nodes[1].size() != 3 || channels_read % kDepth != 0 ||
+      (channels_written % kDepth != 0 && !thin))
     return taps;
   for (const Type* type : types) {
     if (type->readers.size() != 1 || type->writers.size() != 1 || type->term(0, 0) < 0) return taps;
@@ -330,6 +332,7 @@ inline Program::Program(const Plan& plan, int reads, int64_t channels_read,
       channels_read(channels_read),
       channels_written(channels_written),
       padded((channels_written + lanes - 1) / lanes * lanes),
+      thin(lanes == 1),
       mean(plan.mean && reads == 0),
       share(plan.mean && reads == 1) {
   const Slicing slicing(plan);
@@ -349,7 +352,7 @@ inline Program::Program(const Plan& plan, int reads, int64_t channels_read,
   }
   for (size_t g = 0; g < groups.size(); ++g)
     groups[g].taps =
-        detail::taps(plan, reads, groups[g], members[g], channels_read, channels_written);
+        detail::taps(plan, reads, groups[g], members[g], channels_read, channels_written, thin);
 }
 
 inline Step Program::step(const Type& type, int64_t band, int64_t lanes) {

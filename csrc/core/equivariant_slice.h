@@ -34,12 +34,11 @@ inline bool keeps_first_axis(const Side& side, int64_t number) {
 }  // namespace detail
 
 inline void Slicing::begin(const Plan& plan) {
-  const auto& tensors = plan.sides[0].tensors;
-  tensor_.assign(tensors.size(), plan.sides[1].tensors.size() == tensors.size());
-  for (size_t t = 0; t < tensors.size(); ++t) {
-    if (!tensor_[t]) continue;
-    tensor_[t] = tensors[t].sizes == plan.sides[1].tensors[t].sizes &&
-                 tensors[t].sizes.size() > 2 && product(tensors[t].sizes) >= kWeights;
+  const auto &from = plan.sides[0].tensors, &to = plan.sides[1].tensors;
+  tensor_.assign(std::max(from.size(), to.size()), 0);
+  for (size_t t = 0; t < from.size() && from.size() == to.size(); ++t) {
+    tensor_[t] = from[t].sizes == to[t].sizes && from[t].sizes.size() > 2 &&
+                 product(from[t].sizes) >= kWeights;
     for (const Side& side : plan.sides)
       if (!side.nodes[side.tensors[t].whole].diagonals.empty()) tensor_[t] = 0;
   }

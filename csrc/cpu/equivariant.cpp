@@ -55,7 +55,7 @@ Tensor layers(Prepared& prepared, const Tensor& x, const std::vector<Tensor>& th
               const std::vector<Tensor>& bias, bool transpose, bool activate_last) {
   const Plan& plan = prepared.plan;
   const int reads = transpose ? 1 : 0;
-  const int64_t lanes = equivariant::vector_bytes() / sizeof(T);
+  const int64_t wide = equivariant::vector_bytes() / sizeof(T);
   const int64_t numel = plan.sides[1 - reads].numel, channels = theta.back().size(3 - reads);
   Tensor out = torch::stable::new_empty(x, {x.size(0), numel, channels});
   ForwardTask<T> task{{},
@@ -70,9 +70,11 @@ Tensor layers(Prepared& prepared, const Tensor& x, const std::vector<Tensor>& th
                              theta[l].size(0),
                              {theta[l].size(2), theta[l].size(3)},
                              static_cast<const T*>(theta[l].const_data_ptr())};
-    task.layers.push_back(
-        {problem, bias.empty() ? nullptr : static_cast<const T*>(bias[l].const_data_ptr()),
-         prepared.program(reads, problem.channels[reads], problem.channels[1 - reads], lanes)});
+    const int64_t into = problem.channels[reads], out_of = problem.channels[1 - reads];
+    const int64_t lanes = out_of == 1 && into % wide == 0 ? 1 : wide;
+    task.layers.push_back({problem,
+                           bias.empty() ? nullptr : static_cast<const T*>(bias[l].const_data_ptr()),
+                           prepared.program(reads, into, out_of, lanes)});
   }
   if (out.numel() > 0)
     torch::stable::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {

@@ -132,7 +132,9 @@ def test_mixed_channels(
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("channels", [(16, 16, 16), (16, 32, 16, 3), (3, 16, 17)], ids=str)
+@pytest.mark.parametrize(
+    "channels", [(16, 16, 16), (16, 32, 16, 3), (3, 16, 17), (16, 1), (16, 1, 16)], ids=str
+)
 def test_every_way_to_write_a_convolution_ends_in_relu(
     channels: tuple[int, ...], dtype: torch.dtype, last: bool
 ) -> None:
