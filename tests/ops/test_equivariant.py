@@ -154,12 +154,43 @@ def awkward_plan(n: int, m: int) -> EquivariantPlan:
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("sizes", [(1, 2), (2, 7), (7, 33), (33, 65), (65, 1)], ids=str)
 @pytest.mark.parametrize(
-    "channels", [(1, 1), (1, 16), (3, 1), (16, 16), (17, 32), (32, 17), (32, 3)], ids=str
+    "channels", [(1, 1), (1, 16), (3, 1), (32, 1), (16, 16), (17, 32), (32, 17), (32, 3)], ids=str
 )
 def test_awkward_sizes(channels: tuple[int, int], sizes: tuple[int, int], batch: int) -> None:
     plan = awkward_plan(*sizes)
     check_against_definition(plan, make(plan, batch, channels))
     check_precision(plan, batch, channels, torch.float32)
+
+
+#: tensors whose sums are taken a band of their first axis at a time, some of which are 3 x 3 taps
+BANDED = {
+    "3x3": testing.cnn_spec(3, 12, 20, classes=4),
+    "3x3, prime width": testing.cnn_spec(16, 17, classes=3),
+    "2x2": testing.cnn_spec(24, 22, kernel=2, classes=3),
+    "three axes": WeightSpec(
+        {"a": ("i", "j", "k"), "b": ("i", "j", "l"), "c": ("i",)},
+        {"a": (20, 15, 12), "b": (20, 15, 9), "c": (20,)},
+    ),
+    "two with the same neurons": WeightSpec(
+        {"a": ("i", "j", "h", "w"), "b": ("i", "j", "u", "v"), "c": ("h", "w")},
+        {"a": (16, 15, 3, 3), "b": (16, 15, 3, 3), "c": (3, 3)},
+    ),
+}
+
+
+@pytest.mark.parametrize("options", [*OPTIONS])
+@pytest.mark.parametrize("spec", BANDED.values(), ids=BANDED)
+def test_sums_that_are_taken_by_bands(spec: WeightSpec, options: str) -> None:
+    plan = EquivariantPlan(spec, **OPTIONS[options])
+    check_against_definition(plan, make(plan, 3, (16, 16), own=options == "full"))
+
+
+@pytest.mark.parametrize("channels", [(1, 16), (3, 2), (32, 1), (32, 16), (16, 48)], ids=str)
+@pytest.mark.parametrize("spec", [BANDED["3x3"], BANDED["2x2"]], ids=["3x3", "2x2"])
+def test_channels_of_sums_taken_by_bands(spec: WeightSpec, channels: tuple[int, int]) -> None:
+    plan = EquivariantPlan(spec)
+    check_against_definition(plan, make(plan, 2, channels))
+    check_precision(plan, 2, channels, torch.float32)
 
 
 def check_precision(
