@@ -74,7 +74,7 @@ struct BackwardTask {
 template <class T, int Bytes>
 struct Batches {
   using Single = Network<T, Bytes>;
-  using Kernels = typename Single::Kernels;
+  using Kernels = equivariant::Kernels<T>;
   static WEIGHTOPS_INLINE int64_t padded(int64_t channels) {
     return Single::Arithmetic::padded(channels);
   }
@@ -205,9 +205,9 @@ struct Batches {
     }                                                                                           \
     attribute static __attribute__((noinline)) void taps(const Job& job, const Taps& taps,      \
                                                          const Features<T>* other, bool mean) { \
-      if constexpr (bytes == 64) Single::run_any_taps(job, taps, other, mean);                  \
+      if constexpr (bytes == 64) Single::run_taps(job, taps, other, mean);                      \
     }                                                                                           \
-    static constexpr typename Single::Kernels all{step, taps};                                  \
+    static constexpr equivariant::Kernels<T> all{step, taps};                                   \
   };                                                                                            \
   template <class T>                                                                            \
   attribute void forward_##suffix(const ForwardTask<T>& task, int64_t begin, int64_t end,       \

@@ -3,7 +3,7 @@
 // products, which are added up in registers.
 #pragma once
 
-#include "equivariant_pool.h"
+#include "equivariant_job.h"
 
 namespace weightops::equivariant {
 
@@ -129,6 +129,86 @@ struct TapsKernel {
           else
             Arithmetic::template outer<1>(rows, depth, columns, pairs * kRows[q], width);
         }
+  }
+};
+
+template <class T, int Bytes>
+struct TapsLayer {
+  using Kernel = TapsKernel<T, Bytes>;
+  using Arithmetic = Tile<T, Bytes>;
+  using Vector = typename Arithmetic::Vector;
+  static constexpr int lanes = Arithmetic::lanes;
+
+  // The blocks of a group's four types. Means over rows and columns are their business, both when
+  // reading and when broadcasting.
+  static WEIGHTOPS_INLINE T* blocks_of(const Job<T>& job, const Taps& taps, int64_t more) {
+    const Program& program = job.program;
+    const int64_t size = program.channels_read * program.channels_written;
+    T* blocks = job.workspace.taps.get(4 * size + more);
+    const T third = program.mean || program.share ? T(1) / T(3) : T(1);
+    const T scales[4] = {1, third, third, third * third};
+    for (int q = 0; q < 4 && job.out; ++q)
+      for (int64_t i = 0; i < size; ++i)
+        blocks[q * size + i] = job.parameters.blocks[taps.terms[q] * size + i] * scales[q];
+    return blocks;
+  }
+
+  // One group's types all at once.
+  static WEIGHTOPS_INLINE void run(const Job<T>& job, const Taps& taps, const Features<T>* other,
+                                   bool mean) {
+    const Program& program = job.program;
+    const int64_t own = program.channels_read, width = program.channels_written;
+    T* packed = job.workspace.packed.get(0);
+    T* other_packed = packed + own * kTile;
+    T* blocks = blocks_of(job, taps, 9 * width + lanes);
+    T *start = blocks + 4 * own * width, *zeros = start + 9 * width;
+    Arithmetic::store(zeros, Vector{});
+    const T* broadcast = job.workspace.broadcast.get(0);
+    // This tile and the next are in the first-level cache.
+    const int64_t most = std::max<int64_t>(3, Kernel::kPairs * kDepth / own);
+    for (int64_t o = 0; o < taps.sizes[0]; ++o) {
+      for (int64_t lane = 0; lane < width && job.out; lane += lanes)
+        for (int t = 0; t < 9; ++t) {
+          Vector sum = {};
+          if (job.parameters.bias) sum = Arithmetic::load(job.parameters.bias + taps.bias + lane);
+          if (taps.broadcast[1] >= 0)
+            sum += Arithmetic::load(broadcast + taps.broadcast[1] + (o * 9 + t) * width + lane) *
+                   T(taps.scales[1]);
+          Arithmetic::store(start + lane * 9 + t * lanes, sum);
+        }
+      for (int64_t i = 0; i < taps.sizes[1]; i += most) {
+        const int64_t pairs = std::min(most, taps.sizes[1] - i);
+        const T* from = job.from.values + taps.from_offset + o * taps.from_stride + i * 9 * own;
+        const int64_t at = taps.to_offset + o * taps.to_stride + i * 9 * width;
+        Kernel::pack(from, own, pairs, false, packed);
+        const auto rows = Kernel::rows(from, own, packed);
+        for (int64_t lane = 0; lane < width && job.out; lane += lanes) {
+          typename Kernel::Column column{blocks + lane, start + lane * 9,    zeros,       0,
+                                         T(0),          job.out + at + lane, job.activate};
+          if (taps.broadcast[0] >= 0) {
+            column.broadcast = broadcast + taps.broadcast[0] + i * 9 * width + lane;
+            column.broadcast_stride = width;
+            column.scale = taps.scales[0];
+          }
+          const bool streams = job.stream && reinterpret_cast<uintptr_t>(column.out) % Bytes == 0;
+          for (int64_t p = 0; p < pairs; ++p) {
+            for (int64_t t = 0; t < 9; ++t)
+              __builtin_prefetch(from + (pairs * 9 + p * 9 + t) * own + lane % own);
+            if (streams)
+              Kernel::template multiply<true>(rows, p, width, column);
+            else
+              Kernel::template multiply<false>(rows, p, width, column);
+            column.out += 9 * width;
+            column.broadcast += 9 * column.broadcast_stride;
+          }
+        }
+        if (!job.outer) continue;
+        const T* left = other->values + at;
+        Kernel::pack(left, width, pairs, mean, other_packed);
+        Kernel::outer(Kernel::rows(left, width, other_packed), rows, pairs, taps.terms,
+                      job.outer->gradient);
+      }
+    }
   }
 };
 

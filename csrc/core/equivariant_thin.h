@@ -3,7 +3,7 @@
 
 #include <utility>
 
-#include "equivariant_tile.h"
+#include "equivariant_taps.h"
 
 namespace weightops::equivariant {
 
@@ -82,6 +82,88 @@ struct DotProducts {
   static constexpr int from(int lane) {
     const int group = lane / (2 * width) * 2 * width, within = lane % (2 * width);
     return within < width ? group + within : lanes + group + within - width;
+  }
+};
+
+template <class T, int Bytes>
+struct ThinLayer {
+  using Dots = DotProducts<T, Bytes>;
+  using Arithmetic = Tile<T, Bytes>;
+  using Vector = typename Arithmetic::Vector;
+  using Span = typename Rows<T, Bytes>::Span;
+  static constexpr int lanes = Arithmetic::lanes;
+
+  static WEIGHTOPS_INLINE void run_tile(const Job<T>& job, const Step& step, const Span& span) {
+    T* broadcast = job.workspace.broadcast.get(0);
+    T start[kTile];
+    for (const Column& column : step.columns) {
+      const Target& target = step.targets[column.target];
+      T common = target.bias >= 0 && job.parameters.bias ? job.parameters.bias[target.bias] : T(0);
+      for (const Addend& each : target.addends)
+        if (!each.place.moves())
+          common += broadcast[Rows<T, Bytes>::at(each.place, span.at)] * T(each.scale);
+      std::fill_n(start, span.size(), common);
+      for (const Addend& each : target.addends) {
+        if (!each.place.moves()) continue;
+        const T *from = broadcast + Rows<T, Bytes>::at(each.place, span.at), scale = each.scale;
+        for (int64_t m = 0; m < span.size(); ++m)
+          start[m] += from[each.place.along(span.begin + m)] * scale;
+      }
+      if (!target.diagonal_begin.empty())
+        for (int64_t d = target.diagonal_begin[span.outer];
+             d < target.diagonal_begin[span.outer + 1]; ++d) {
+          const OnDiagonal& each = target.diagonal[d];
+          if (each.at >= span.begin && each.at < span.end)
+            start[each.at - span.begin] += broadcast[each.offset];
+        }
+      T* to = (target.whole ? job.out : broadcast) + Rows<T, Bytes>::at(target.place, span.at);
+      for (int64_t m = 0; m < span.size(); m += lanes) {
+        const int64_t count = std::min<int64_t>(lanes, span.size() - m);
+        Vector sums[lanes] = {};
+        for (size_t f = 0; f < column.readers.size(); ++f) {
+          const Source& source = step.readers[column.readers[f]];
+          const T* from = (source.whole ? job.from.values : job.from.sums) +
+                          Rows<T, Bytes>::at(source.place, span.at);
+          const T* rows[lanes];
+          for (int64_t r = 0; r < lanes; ++r)
+            rows[r] = from + source.place.along(span.begin + m + std::min(r, count - 1));
+          Dots::add(rows, job.parameters.blocks + column.blocks[f], job.from.channels, sums);
+        }
+        const Vector found = Dots::across(sums);
+        for (int64_t r = 0; r < count; ++r) {
+          const T value = start[m + r] + found[r];
+          const bool cut = job.activate && target.whole && value < 0;
+          to[target.place.along(span.begin + m + r)] = cut ? T(0) : value;
+        }
+      }
+    }
+  }
+
+  static WEIGHTOPS_INLINE void run_taps(const Job<T>& job, const Taps& taps) {
+    const int64_t own = job.from.channels;
+    const T *blocks = TapsLayer<T, Bytes>::blocks_of(job, taps, 0),
+            *broadcast = job.workspace.broadcast.get(0);
+    for (int64_t o = 0; o < taps.sizes[0]; ++o) {
+      Vector start = {};
+      for (int t = 0; t < 9; ++t) {
+        start[t] = job.parameters.bias ? job.parameters.bias[taps.bias] : T(0);
+        if (taps.broadcast[1] >= 0)
+          start[t] += broadcast[taps.broadcast[1] + o * 9 + t] * T(taps.scales[1]);
+      }
+      const T* from = job.from.values + taps.from_offset + o * taps.from_stride;
+      T* to = job.out + taps.to_offset + o * taps.to_stride;
+      for (int64_t i = 0; i < taps.sizes[1]; ++i, from += 9 * own, to += 9) {
+        Vector sum = start;
+        if (taps.broadcast[0] >= 0) {
+          Vector nine = {};
+          std::memcpy(&nine, broadcast + taps.broadcast[0] + i * 9, 9 * sizeof(T));
+          sum += nine * T(taps.scales[0]);
+        }
+        sum += Dots::taps(from, own, blocks);
+        if (job.activate) sum = Arithmetic::relu(sum);
+        std::memcpy(to, &sum, 9 * sizeof(T));
+      }
+    }
   }
 };
 
