@@ -152,22 +152,52 @@ def test_training_step(problem: Equivariant, measure, benchmark) -> None:
 
 
 @pytest.mark.parametrize("implementation", ["weightops", "shared-theta", "python-loop"])
-def test_own_theta(implementation: str, measure, benchmark) -> None:
-    """Thirty-two particles of a learned optimizer, each with its own parameters."""
+def test_functional(implementation: str, measure, benchmark) -> None:
+    """Thirty-two particles of a learned optimizer: three layers a weight, then one over the network."""
     benchmark.group = "equivariant 32 particles"
     plan = weightops.EquivariantPlan(weightops.testing.labelled_mlp_spec(64, 32, 10))
-    x = torch.randn(32, plan.spec.numel, 32)
-    theta = torch.randn(32, plan.num_terms, 32, 32)
-    bias = torch.randn(32, plan.num_biases, 32)
-    layer = weightops.equivariant_linear
+    x = torch.randn(32, plan.spec.numel, 19)
+    pointwise = [torch.randn(32, c, 32) / c**0.5 for c in (19, 32, 32)]
+    theta = torch.randn(32, plan.num_terms, 32, 1)
+    bias = torch.randn(32, plan.num_biases, 1)
+
+    def functional(x: Tensor, weights: list[Tensor], theta: Tensor, bias: Tensor) -> Tensor:
+        for weight in weights:
+            x = torch.relu_(x @ weight)
+        return weightops.equivariant_linear(x, theta, bias, plan)
+
+    def loop() -> None:
+        for i in range(32):
+            y = x[i : i + 1]
+            for weight in pointwise:
+                y = torch.relu_(y @ weight[i])
+            reference.per_term(y, theta[i], bias[i], plan)
+
+    shared = [weight[0] for weight in pointwise]
     run = {
-        "weightops": lambda: layer(x, theta, bias, plan),
-        "shared-theta": lambda: layer(x, theta[0], bias[0], plan),
-        "python-loop": lambda: [
-            reference.per_term(x[i : i + 1], theta[i], bias[i], plan) for i in range(32)
-        ],
+        "weightops": lambda: functional(x, pointwise, theta, bias),
+        "shared-theta": lambda: functional(x, shared, theta[0], bias[0]),
+        "python-loop": loop,
     }[implementation]
-    measure(run, 2 * x.numel() * 4)
+    with torch.no_grad():
+        measure(run)
+
+
+@pytest.mark.parametrize("space", ["mlp 64-32-10", "cnn 1-16-32", "rnn 32-128-32"])
+def test_particles(space: str, measure, benchmark) -> None:
+    """The last layer of a learned optimizer, 32 features to one, with each particle's own theta."""
+    benchmark.group = f"equivariant {space} 32->1, 32 particles"
+    spec = {
+        "mlp 64-32-10": weightops.testing.labelled_mlp_spec(64, 32, 10),
+        "cnn 1-16-32": weightops.testing.cnn_spec(1, 16, 32),
+        "rnn 32-128-32": weightops.testing.rnn_spec(),
+    }[space]
+    plan = weightops.EquivariantPlan(spec)
+    x = torch.randn(32, spec.numel, 32)
+    theta = torch.randn(32, plan.num_terms, 32, 1)
+    bias = torch.randn(32, plan.num_biases, 1)
+    run = lambda: weightops.equivariant_linear(x, theta, bias, plan)  # noqa: E731
+    measure(run, 32 * spec.numel * 33 * 4)
 
 
 def test_call(measure, benchmark) -> None:

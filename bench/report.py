@@ -40,6 +40,8 @@ for _space, _forward in (
     for _layer in ("16->16 B=8", "32->32 B=8", "16->16 B=32"):
         GOALS[f"equivariant {_space} {_layer} forward"] = (_forward, None)
         GOALS[f"equivariant {_space} {_layer} forward+backward"] = (1.8, None)
+for _space in ("mlp 64-32-10", "cnn 1-16-32", "rnn 32-128-32"):
+    GOALS[f"equivariant {_space} 32->1, 32 particles"] = (3.0, None)
 # space -> peer -> how many times faster
 AGAINST = {
     "mlp": {"per-term": 10.0, "per-term-compiled": 10.0, "nfn": 6.0},

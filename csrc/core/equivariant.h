@@ -19,6 +19,7 @@ struct Network {
   using Job = equivariant::Job<T>;
   using Outer = equivariant::Outer<T>;
   static constexpr int lanes = Arithmetic::lanes;
+  static constexpr int64_t kWorthSharing = 1 << 21;  // multiplications, a few times a call's cost
 
   static WEIGHTOPS_INLINE void run_tile(const Job& job, const Step& step, const Span& span) {
     constexpr int depth = kDepth;
@@ -33,7 +34,7 @@ struct Network {
     for (size_t r = 0; r < step.readers.size(); ++r)
       rows[r] = Rows::rows_of(step.readers[r], job.from, span, packed + int64_t(r) * own_rows);
     if (job.out) {
-      T* broadcast = job.workspace.broadcast.get(0);
+      T* broadcast = job.broadcast;
       T* buffers = job.workspace.tile.get(0);
       for (size_t c = 0; c < step.columns.size();) {
         const Column* columns = &step.columns[c];
@@ -138,8 +139,7 @@ struct Network {
   static WEIGHTOPS_INLINE void run_step(const Job& job, const Step& step, int64_t from,
                                         int64_t to) {
     const int64_t rank = step.outer_sizes.size();
-    // Tiles below each other share the pages and lines of operands that lie the other way round.
-    const int64_t band = step.turns ? 8 : 1;
+    const int64_t band = step.band();
     int64_t coordinates[64];
     for (int64_t first = from; first < to; first += band)
       for (int64_t begin = 0; begin < step.run; begin += step.tile)
@@ -179,25 +179,50 @@ struct Network {
     workspace.right.get(program.max_readers * rows(program.channels_read) / kTile);
   }
 
+  // f(job, begin, end) on ranges of [0, count), which the team shares if they are worth it.
+  template <class F>
+  static WEIGHTOPS_INLINE void share(const Job& job, int64_t count, int64_t products, const F& f) {
+    if (job.team == nullptr || products < kWorthSharing || count < 2) return f(job, 0, count);
+    (*job.team)(count, [&](int64_t begin, int64_t end, Workspace<T>& workspace) {
+      job.kernels.reserve(job.program, workspace);
+      f(job.with(workspace), begin, end);
+    });
+  }
+
   // out = layer(from).
   static WEIGHTOPS_INLINE void run(const Job& job) {
-    for (const Step& step : job.program.steps) job.kernels.run_step(job, step, 0, step.outer);
+    for (const Step& step : job.program.steps) {
+      const int64_t bands = (step.outer + step.band() - 1) / step.band();
+      const int64_t products = step.outer * step.run * step.readers.size() * step.targets.size() *
+                               job.from.channels * job.program.padded;
+      share(job, bands, products, [&](const Job& mine, int64_t begin, int64_t end) {
+        mine.kernels.run_step(mine, step, begin * step.band(),
+                              std::min(step.outer, end * step.band()));
+      });
+    }
     for (const Group& group : job.program.groups) run_group(job, group, nullptr, false);
   }
 
   static WEIGHTOPS_INLINE void run_taps(const Job& job, const Taps& taps, const Features<T>* other,
-                                        bool mean) {
+                                        bool mean, int64_t begin, int64_t end) {
     if constexpr (lanes == 16)
-      if (job.program.thin) return ThinLayer<T, Bytes>::run_taps(job, taps);
-    TapsLayer<T, Bytes>::run(job, taps, other, mean);
+      if (job.program.thin) return ThinLayer<T, Bytes>::run_taps(job, taps, begin, end);
+    TapsLayer<T, Bytes>::run(job, taps, other, mean, begin, end);
   }
 
   static WEIGHTOPS_INLINE void run_group(const Job& job, const Group& group,
                                          const Features<T>* other, bool mean) {
     const Program& program = job.program;
     if constexpr (Bytes == 64)
-      if (group.taps.found && !(program.thin && lanes != 16))
-        return job.kernels.run_taps(job, group.taps, other, mean);
+      if (group.taps.found && !(program.thin && lanes != 16)) {
+        const Taps& taps = group.taps;
+        const int64_t products =
+            taps.sizes[0] * taps.sizes[1] * 16 * job.from.channels * job.program.padded;
+        share(job, taps.sizes[0], products, [&](const Job& mine, int64_t begin, int64_t end) {
+          mine.kernels.run_taps(mine, taps, other, mean, begin, end);
+        });
+        return;
+      }
     for (int64_t band = 0; band < group.bands; ++band) {
       Pooling::pool_band(job.from, group, group.nodes[program.reads], band, program.mean);
       if (other) Pooling::pool_band(*other, group, group.nodes[1 - program.reads], band, mean);
@@ -206,6 +231,34 @@ struct Network {
         job.kernels.run_step(job, step, band * outer, (band + 1) * outer);
       }
     }
+  }
+
+  // Pooling::pool by a team.
+  static WEIGHTOPS_INLINE void pool(const Features<T>& from, const Program& program,
+                                    const Kernels<T>& kernels, const Team<T>* team) {
+    const std::vector<char>& sliced = program.sliced[program.reads];
+    if (team == nullptr) return Pooling::pool(from, program.mean, sliced);
+    const auto& nodes = from.side->nodes;
+    std::vector<char> done(nodes.size());
+    std::vector<PoolPart> parts;
+    for (size_t number = 0; number < nodes.size(); ++number) {
+      const Node& node = nodes[number];
+      if (!node.whole || node.sizes.size() < 2 || node.numel * from.channels < kWorthSharing / 64)
+        continue;
+      done[number] = 1;
+      for (int64_t child : node.children) {
+        if (sliced[child]) continue;
+        const int64_t size = node.sizes[nodes[child].dropped > 0 ? 0 : 1];
+        const int64_t shares = std::min<int64_t>(size, 8);
+        for (int64_t s = 0; s < shares; ++s)
+          parts.push_back({int64_t(number), child, size * s / shares, size * (s + 1) / shares});
+      }
+    }
+    if (!parts.empty())
+      (*team)(parts.size(), [&](int64_t begin, int64_t end, Workspace<T>&) {
+        for (int64_t p = begin; p < end; ++p) kernels.pool_part(from, parts[p], program.mean);
+      });
+    Pooling::pool(from, program.mean, sliced, nullptr, &done);
   }
 
   // The sums that are taken on the way begin with zero.

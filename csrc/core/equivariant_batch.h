@@ -58,6 +58,10 @@ struct ForwardTask {
   Batch<T> out;
   bool activate_last, stream;
   bool same_nodes;  // of both sides of the plan, so that one's sums are the other's
+
+  // A team works on one after the other. Whether it may does not depend on the threads, nor do
+  // results then.
+  bool few() const { return layers[0].problem.batch < 8; }
 };
 
 template <class T>
@@ -116,7 +120,8 @@ struct Batches {
 
   // A network goes through all layers before the next, so what lies between stays in the caches.
   static WEIGHTOPS_INLINE void forward(const ForwardTask<T>& task, int64_t begin, int64_t end,
-                                       Workspace<T>& workspace, const Kernels& kernels) {
+                                       Workspace<T>& workspace, const Kernels& kernels,
+                                       const Team<T>* team) {
     const size_t count = task.layers.size();
     workspace.layers(count);
     std::vector<Parameters<T>> parameters(count);
@@ -133,7 +138,7 @@ struct Batches {
       const Side& side = first.plan->sides[first.reads];
       Features<T> features{&side, task.x.data + b * task.x.stride, first.channels_read,
                            workspace.sums[0].get(side.slots * first.channels_read)};
-      Single::Pooling::pool(features, first.mean, first.sliced[first.reads]);
+      Single::pool(features, first, kernels, team);
       for (size_t l = 0; l + 1 < count; ++l) {
         const Program &program = *task.layers[l].program, &after = *task.layers[l + 1].program;
         const int64_t channels = program.channels_written;
@@ -141,17 +146,19 @@ struct Batches {
         const Features<T> next{&side, out, channels,
                                workspace.sums[(l + 1) % 2].get(side.slots * channels)};
         // A tile's sums are taken while it is in the first-level cache.
-        const bool streams = task.same_nodes && channels % Single::lanes == 0;
+        const bool streams = task.same_nodes && channels % Single::lanes == 0 && !task.few();
         if (streams) Single::clear(program, next);
-        Single::run({program, features, parameters[l], out, false, true, workspace, nullptr,
-                     streams ? &next : nullptr, kernels});
-        Single::Pooling::pool(next, after.mean, after.sliced[after.reads],
-                              streams ? &program.streamed : nullptr);
+        Single::run({program, features, parameters[l], out, workspace.broadcast.get(0), false, true,
+                     workspace, nullptr, streams ? &next : nullptr, kernels, team});
+        if (streams)
+          Single::Pooling::pool(next, after.mean, after.sliced[after.reads], &program.streamed);
+        else
+          Single::pool(next, after, kernels, team);
         features = next;
       }
       Single::run({*task.layers.back().program, features, parameters.back(),
-                   task.out.data + b * task.out.stride, task.stream, task.activate_last, workspace,
-                   nullptr, nullptr, kernels});
+                   task.out.data + b * task.out.stride, workspace.broadcast.get(0), task.stream,
+                   task.activate_last, workspace, nullptr, nullptr, kernels, team});
     }
   }
 
@@ -180,8 +187,8 @@ struct Batches {
                                workspace.sums[1].get(sides[1].slots * out)};
         Single::Pooling::pool(grad, false, task.program.sliced[1]);
         T* to_x = task.to_x.data ? task.to_x.data + b * task.to_x.stride : nullptr;
-        Single::run_backward({task.program, grad, parameters, to_x, task.stream, false, workspace,
-                              nullptr, nullptr, kernels},
+        Single::run_backward({task.program, grad, parameters, to_x, workspace.broadcast.get(0),
+                              task.stream, false, workspace, nullptr, nullptr, kernels, nullptr},
                              x, problem.plan.mean, to_theta);
         for (int64_t t = 0; t < tensors; ++t) {
           const T* sum = Single::Pooling::view(grad, sides[1].tensors[t].mean).data;
@@ -194,30 +201,37 @@ struct Batches {
 
 // Compiled once for each instruction set, and called by the entries, which would hold many copies
 // of it.
-#define WEIGHTOPS_EQUIVARIANT_ENTRY(suffix, attribute, bytes)                                   \
-  template <class T>                                                                            \
-  struct Kernels_##suffix {                                                                     \
-    using Single = Network<T, bytes>;                                                           \
-    using Job = typename Single::Job;                                                           \
-    attribute static __attribute__((noinline)) void step(const Job& job, const Step& step,      \
-                                                         int64_t from, int64_t to) {            \
-      Single::run_step(job, step, from, to);                                                    \
-    }                                                                                           \
-    attribute static __attribute__((noinline)) void taps(const Job& job, const Taps& taps,      \
-                                                         const Features<T>* other, bool mean) { \
-      if constexpr (bytes == 64) Single::run_taps(job, taps, other, mean);                      \
-    }                                                                                           \
-    static constexpr equivariant::Kernels<T> all{step, taps};                                   \
-  };                                                                                            \
-  template <class T>                                                                            \
-  attribute void forward_##suffix(const ForwardTask<T>& task, int64_t begin, int64_t end,       \
-                                  Workspace<T>& workspace) {                                    \
-    Batches<T, bytes>::forward(task, begin, end, workspace, Kernels_##suffix<T>::all);          \
-  }                                                                                             \
-  template <class T>                                                                            \
-  attribute void backward_##suffix(const BackwardTask<T>& task, int64_t begin, int64_t end,     \
-                                   Workspace<T>& workspace) {                                   \
-    Batches<T, bytes>::backward(task, begin, end, workspace, Kernels_##suffix<T>::all);         \
+#define WEIGHTOPS_EQUIVARIANT_ENTRY(suffix, attribute, bytes)                                 \
+  template <class T>                                                                          \
+  struct Kernels_##suffix {                                                                   \
+    using Single = Network<T, bytes>;                                                         \
+    using Job = typename Single::Job;                                                         \
+    attribute static __attribute__((noinline)) void step(const Job& job, const Step& step,    \
+                                                         int64_t from, int64_t to) {          \
+      Single::run_step(job, step, from, to);                                                  \
+    }                                                                                         \
+    attribute static __attribute__((noinline)) void taps(const Job& job, const Taps& taps,    \
+                                                         const Features<T>* other, bool mean, \
+                                                         int64_t from, int64_t to) {          \
+      if constexpr (bytes == 64) Single::run_taps(job, taps, other, mean, from, to);          \
+    }                                                                                         \
+    attribute static void reserve(const Program& program, Workspace<T>& workspace) {          \
+      Single::reserve(program, workspace);                                                    \
+    }                                                                                         \
+    attribute static void part(const Features<T>& from, const PoolPart& part, bool mean) {    \
+      Single::Pooling::pool_part(from, part, mean);                                           \
+    }                                                                                         \
+    static constexpr equivariant::Kernels<T> all{reserve, step, taps, part};                  \
+  };                                                                                          \
+  template <class T>                                                                          \
+  attribute void forward_##suffix(const ForwardTask<T>& task, int64_t begin, int64_t end,     \
+                                  Workspace<T>& workspace, const Team<T>* team) {             \
+    Batches<T, bytes>::forward(task, begin, end, workspace, Kernels_##suffix<T>::all, team);  \
+  }                                                                                           \
+  template <class T>                                                                          \
+  attribute void backward_##suffix(const BackwardTask<T>& task, int64_t begin, int64_t end,   \
+                                   Workspace<T>& workspace) {                                 \
+    Batches<T, bytes>::backward(task, begin, end, workspace, Kernels_##suffix<T>::all);       \
   }
 // With sanitizers each set takes minutes to compile, and all are this one source.
 #if defined(__SANITIZE_ADDRESS__)
@@ -237,13 +251,15 @@ inline int vector_bytes() {
   return isa() == Isa::avx512 ? 64 : isa() == Isa::avx2 ? 32 : 16;
 }
 
+// Networks [begin, end), each shared by a team if there is one.
 template <class T>
-void forward(const ForwardTask<T>& task, int64_t begin, int64_t end, Workspace<T>& workspace) {
+void forward(const ForwardTask<T>& task, int64_t begin, int64_t end, Workspace<T>& workspace,
+             const Team<T>* team) {
 #if WEIGHTOPS_EQUIVARIANT_SETS
-  if (isa() == Isa::avx512) return forward_avx512(task, begin, end, workspace);
-  if (isa() == Isa::avx2) return forward_avx2(task, begin, end, workspace);
+  if (isa() == Isa::avx512) return forward_avx512(task, begin, end, workspace, team);
+  if (isa() == Isa::avx2) return forward_avx2(task, begin, end, workspace, team);
 #endif
-  forward_generic(task, begin, end, workspace);
+  forward_generic(task, begin, end, workspace, team);
 }
 
 template <class T>

@@ -1,6 +1,8 @@
 // What all tiles of one network share.
 #pragma once
 
+#include <functional>
+
 #include "equivariant_rows.h"
 
 namespace weightops::equivariant {
@@ -17,24 +19,39 @@ struct Outer {
 template <class T>
 struct Job;
 
-// Compiled once for each instruction set.
+// Compiled once for each instruction set. Ranges are of a step's or a group's outer positions.
 template <class T>
 struct Kernels {
+  void (*reserve)(const Program&, Workspace<T>&);
   void (*run_step)(const Job<T>&, const Step&, int64_t, int64_t);
-  void (*run_taps)(const Job<T>&, const Taps&, const Features<T>*, bool);
+  void (*run_taps)(const Job<T>&, const Taps&, const Features<T>*, bool, int64_t, int64_t);
+  void (*pool_part)(const Features<T>&, const PoolPart&, bool);
 };
+
+// Threads that work on one network: calls f(begin, end, a workspace of the thread's own) on ranges
+// that make up [0, count).
+template <class T>
+using Team = std::function<void(int64_t count,
+                                const std::function<void(int64_t, int64_t, Workspace<T>&)>& f)>;
 
 template <class T>
 struct Job {
   const Program& program;
   const Features<T>& from;
   const Parameters<T>& parameters;
-  T* out;  // may be null
+  T* out;        // may be null
+  T* broadcast;  // what the targets that are not whole tensors come to
   bool stream, activate;
   Workspace<T>& workspace;
   const Outer<T>* outer;    // may be null
   const Features<T>* next;  // what becomes of `out`, where its sums are taken on the way, or null
   const Kernels<T>& kernels;
+  const Team<T>* team;  // may be null
+
+  Job with(Workspace<T>& other) const {
+    return {program,  from,  parameters, out,  broadcast, stream,
+            activate, other, outer,      next, kernels,   nullptr};
+  }
 };
 
 }  // namespace weightops::equivariant

@@ -17,6 +17,11 @@ struct Features {
   T* sums;  // one row of channels a slot
 };
 
+// A share of the sums of a whole tensor over one dimension: of positions [begin, end) of another.
+struct PoolPart {
+  int64_t node, child, begin, end;
+};
+
 template <class T, int Bytes>
 struct Pool {
   using Arithmetic = Tile<T, Bytes>;
@@ -100,16 +105,48 @@ struct Pool {
     }
   }
 
+  // Rows of a whole tensor that are read at a time.
+  static WEIGHTOPS_INLINE int64_t chunk(const Node& node, int64_t channels) {
+    const int64_t rows = node.sizes[0], bytes = node.numel * channels * sizeof(T);
+    return node.parent >= 0 || bytes <= kChunkBytes || node.sizes.size() == 1
+               ? rows
+               : std::max<int64_t>(4, kChunkBytes * rows / bytes);
+  }
+
+  // Adds up as `pool` does, so that it makes no difference which of them did.
+  static WEIGHTOPS_INLINE void pool_part(const Features<T>& from, const PoolPart& part, bool mean) {
+    const Node &node = from.side->nodes[part.node], &child = from.side->nodes[part.child];
+    View source = view(from, part.node);
+    Sizes sizes = node.sizes;
+    T* to = from.sums + child.slot * from.channels;
+    const T scale = mean ? T(1) / T(sizes[child.dropped]) : T(1);
+    const int64_t rows = sizes[0], step = chunk(node, from.channels);
+    if (child.dropped > 0) {
+      for (int64_t begin = part.begin; begin < part.end; begin += step)
+        sum_node(source, sizes, child.dropped, begin, std::min(part.end, begin + step),
+                 from.channels, to, false, scale);
+      return;
+    }
+    source.data += part.begin * source.strides[1];
+    to += part.begin * (child.numel / sizes[1]) * from.channels;
+    sizes[1] = part.end - part.begin;
+    for (int64_t begin = 0; begin < rows; begin += step)
+      sum_node(source, sizes, 0, begin, std::min(rows, begin + step), from.channels, to, begin > 0,
+               scale);
+  }
+
   // All nodes of a side that are sums but for the `sliced` ones, each tensor read once from memory.
-  // Sums over one index of a `streamed` tensor are there already, but for the division.
+  // Sums over one index of a `streamed` tensor are there already, but for the division; those of
+  // a node that is `done` altogether.
   static WEIGHTOPS_INLINE void pool(const Features<T>& from, bool mean,
                                     const std::vector<char>& sliced,
-                                    const std::vector<char>* streamed = nullptr) {
+                                    const std::vector<char>* streamed = nullptr,
+                                    const std::vector<char>* done = nullptr) {
     const auto& nodes = from.side->nodes;
     const auto scale = [&](int64_t size) { return mean ? T(1) / T(size) : T(1); };
     for (size_t number = 0; number < nodes.size(); ++number) {
       const Node& node = nodes[number];
-      if (node.children.empty() || sliced[number]) continue;
+      if (node.children.empty() || sliced[number] || (done && (*done)[number])) continue;
       if (node.numel == 0) {
         for (int64_t child : node.children)
           std::fill_n(from.sums + nodes[child].slot * from.channels,
@@ -125,10 +162,7 @@ struct Pool {
         continue;
       }
       const View source = view(from, number);
-      const int64_t rows = node.sizes[0], bytes = node.numel * from.channels * sizeof(T);
-      const int64_t step = node.parent >= 0 || bytes <= kChunkBytes || node.sizes.size() == 1
-                               ? rows
-                               : std::max<int64_t>(4, kChunkBytes * rows / bytes);
+      const int64_t rows = node.sizes[0], step = chunk(node, from.channels);
       for (int64_t begin = 0; begin < rows; begin += step)
         for (int64_t child : node.children)
           if (!sliced[child])

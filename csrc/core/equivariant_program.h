@@ -50,6 +50,9 @@ struct Step {
   std::vector<Target> targets;
   std::vector<Column> columns;
   std::vector<int64_t> terms;  // [reader][target] -> term, or -1
+
+  // Tiles below each other share the pages and lines of operands that lie the other way round.
+  int64_t band() const { return turns ? 8 : 1; }
 };
 
 // Weights [out, in, 3, 3] with all of their sums over taps, for equivariant_taps.h. Offsets and

@@ -155,7 +155,7 @@ struct TapsLayer {
 
   // One group's types all at once.
   static WEIGHTOPS_INLINE void run(const Job<T>& job, const Taps& taps, const Features<T>* other,
-                                   bool mean) {
+                                   bool mean, int64_t begin, int64_t end) {
     const Program& program = job.program;
     const int64_t own = program.channels_read, width = program.channels_written;
     T* packed = job.workspace.packed.get(0);
@@ -163,10 +163,10 @@ struct TapsLayer {
     T* blocks = blocks_of(job, taps, 9 * width + lanes);
     T *start = blocks + 4 * own * width, *zeros = start + 9 * width;
     Arithmetic::store(zeros, Vector{});
-    const T* broadcast = job.workspace.broadcast.get(0);
+    const T* broadcast = job.broadcast;
     // This tile and the next are in the first-level cache.
     const int64_t most = std::max<int64_t>(3, Kernel::kPairs * kDepth / own);
-    for (int64_t o = 0; o < taps.sizes[0]; ++o) {
+    for (int64_t o = begin; o < end; ++o) {
       for (int64_t lane = 0; lane < width && job.out; lane += lanes)
         for (int t = 0; t < 9; ++t) {
           Vector sum = {};

@@ -94,7 +94,7 @@ struct ThinLayer {
   static constexpr int lanes = Arithmetic::lanes;
 
   static WEIGHTOPS_INLINE void run_tile(const Job<T>& job, const Step& step, const Span& span) {
-    T* broadcast = job.workspace.broadcast.get(0);
+    T* broadcast = job.broadcast;
     T start[kTile];
     for (const Column& column : step.columns) {
       const Target& target = step.targets[column.target];
@@ -139,11 +139,11 @@ struct ThinLayer {
     }
   }
 
-  static WEIGHTOPS_INLINE void run_taps(const Job<T>& job, const Taps& taps) {
+  static WEIGHTOPS_INLINE void run_taps(const Job<T>& job, const Taps& taps, int64_t begin,
+                                        int64_t end) {
     const int64_t own = job.from.channels;
-    const T *blocks = TapsLayer<T, Bytes>::blocks_of(job, taps, 0),
-            *broadcast = job.workspace.broadcast.get(0);
-    for (int64_t o = 0; o < taps.sizes[0]; ++o) {
+    const T *blocks = TapsLayer<T, Bytes>::blocks_of(job, taps, 0), *broadcast = job.broadcast;
+    for (int64_t o = begin; o < end; ++o) {
       Vector start = {};
       for (int t = 0; t < 9; ++t) {
         start[t] = job.parameters.bias ? job.parameters.bias[taps.bias] : T(0);

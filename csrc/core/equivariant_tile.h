@@ -95,12 +95,15 @@ struct Tile {
       to[0] = (accumulate ? to[0] : T(0)) + scale * total;
       return;
     }
-    T rest[lanes] = {};
+    // In sum_block's order, so that it makes no difference which of them takes an element.
+    T rest[2][lanes] = {};
     const int64_t left = length - l;
     for (int64_t d = 0; d < count; ++d)
-      for (int64_t k = 0; k < left; ++k) rest[k] += from[d * stride + l + k];
-    for (int64_t k = 0; k < left; ++k)
-      to[l + k] = (accumulate ? to[l + k] : T(0)) + scale * rest[k];
+      for (int64_t k = 0; k < left; ++k) rest[d % 2][k] += from[d * stride + l + k];
+    for (int64_t k = 0; k < left; ++k) {
+      const T sum = (rest[0][k] + rest[1][k]) * scale;
+      to[l + k] = accumulate ? sum + to[l + k] : sum;
+    }
   }
 
   template <int width>

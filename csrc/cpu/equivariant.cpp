@@ -76,10 +76,19 @@ Tensor layers(Prepared& prepared, const Tensor& x, const std::vector<Tensor>& th
                            bias.empty() ? nullptr : static_cast<const T*>(bias[l].const_data_ptr()),
                            prepared.program(reads, into, out_of, lanes)});
   }
-  if (out.numel() > 0)
-    torch::stable::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
-      equivariant::forward(task, begin, end, workspace<T>());
-    });
+  if (out.numel() == 0) return out;
+  const int64_t batch = x.size(0);
+  if (task.few() && batch < torch::stable::get_num_threads()) {
+    const equivariant::Team<T> team = [](int64_t count, const auto& f) {
+      torch::stable::parallel_for(
+          0, count, 1, [&](int64_t begin, int64_t end) { f(begin, end, workspace<T>()); });
+    };
+    equivariant::forward(task, 0, batch, workspace<T>(), &team);
+    return out;
+  }
+  torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    equivariant::forward<T>(task, begin, end, workspace<T>(), nullptr);
+  });
   return out;
 }
 

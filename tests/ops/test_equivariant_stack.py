@@ -205,6 +205,30 @@ def test_threads_change_nothing(own: bool) -> None:
     assert torch.equal(torch.cat(alone), found[0])
 
 
+@pytest.mark.parametrize("channels", [(16, 16, 16), (1, 16, 1), (3, 5, 2), (32, 1, 32)], ids=str)
+@pytest.mark.parametrize("space", ["mlp", "cnn", "transformer"])
+def test_several_threads_on_one_network_change_nothing(
+    space: str, channels: tuple[int, ...]
+) -> None:
+    spec = {
+        "mlp": testing.labelled_mlp_spec(300, 64, 10),
+        "cnn": testing.cnn_spec(3, 16, 32),
+        "transformer": testing.transformer_spec(dim=32, hidden=128),
+    }[space]
+    plan = EquivariantPlan(spec)
+    leaves = make(plan, channels, 1, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(stack(leaves, plan, True, False))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
 def test_strides_and_shared_parameters_among_own_ones() -> None:
     x, theta, bias, *rest = make(RNN, (3, 4, 2), 3)
     expected = stack([x, theta, bias, *rest], RNN, True, False)
