@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from math import prod
 
 import pytest
 import torch
@@ -112,6 +113,42 @@ def test_layer(problem: Equivariant, passes: str, implementation: str, measure, 
         torch.autograd.grad(outs, leaves, grads)
 
     measure(both, **work)
+
+
+@pytest.mark.parametrize("implementation", ["weightops-products"])
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize(
+    "problem", [each for each in LAYERS if each.batch > 1 and each.in_channels > 1], ids=str
+)
+def test_products(
+    problem: Equivariant, passes: str, implementation: str, measure, benchmark
+) -> None:
+    """What a layer can't go without, by the best of matrix products: those of its types, on operands that
+    are there already, and the read of its features that all sums need before the first write."""
+    benchmark.group = f"equivariant {problem} {passes}"
+    x = problem.make()[0]
+    types = []
+    for each in problem.plan.types:
+        rows, readers, writers = prod(each.sizes), len(each.readers), len(each.writers)
+        if readers and writers and rows * readers * writers > 1000:
+            n, k, m = (
+                problem.batch * rows,
+                readers * problem.in_channels,
+                writers * problem.out_channels,
+            )
+            types.append([torch.randn(n, k), torch.randn(k, m), torch.randn(n, m)])
+    outs = [[torch.empty_like(each) for each in operands] for operands in types]
+
+    def run() -> None:
+        for (a, b, y), (to_a, to_b, to_y) in zip(types, outs, strict=True):
+            torch.mm(a, b, out=to_y)
+            if passes != "forward":
+                torch.mm(y, b.T, out=to_a)
+                torch.mm(a.T, y, out=to_b)
+        for _ in range(1 if passes == "forward" else 2):
+            x.view(-1).sum()
+
+    measure(run)
 
 
 def stack_name(problem: Equivariant) -> str:

@@ -160,6 +160,7 @@ def _rows(name: str, members: dict[str, dict]) -> list[Row]:
             )  # fmt: skip
     for variant, what in (
         ("weightops-streamed-copy", "nothing permuted"),
+        ("weightops-products", "torch.mm of its types and a read alone"),
         ("weightops-warm", "warm, against cold"),
         ("weightops-useless-duals", "useless duals, against cold"),
     ):
