@@ -139,11 +139,11 @@ struct Network {
   static WEIGHTOPS_INLINE void run_step(const Job& job, const Step& step, int64_t from,
                                         int64_t to) {
     const int64_t rank = step.outer_sizes.size();
-    const int64_t band = step.band();
+    const int64_t abreast = step.abreast();
     int64_t coordinates[64];
-    for (int64_t first = from; first < to; first += band)
+    for (int64_t first = from; first < to; first += abreast)
       for (int64_t begin = 0; begin < step.run; begin += step.tile)
-        for (int64_t outer = first; outer < std::min(to, first + band); ++outer) {
+        for (int64_t outer = first; outer < std::min(to, first + abreast); ++outer) {
           int64_t rest = outer;
           for (int64_t dim = rank; dim-- > 0;) {
             coordinates[dim] = rest % step.outer_sizes[dim];
@@ -192,12 +192,12 @@ struct Network {
   // out = layer(from).
   static WEIGHTOPS_INLINE void run(const Job& job) {
     for (const Step& step : job.program.steps) {
-      const int64_t bands = (step.outer + step.band() - 1) / step.band();
+      const int64_t rows = (step.outer + step.abreast() - 1) / step.abreast();
       const int64_t products = step.outer * step.run * step.readers.size() * step.targets.size() *
                                job.from.channels * job.program.padded;
-      share(job, bands, products, [&](const Job& mine, int64_t begin, int64_t end) {
-        mine.kernels.run_step(mine, step, begin * step.band(),
-                              std::min(step.outer, end * step.band()));
+      share(job, rows, products, [&](const Job& mine, int64_t begin, int64_t end) {
+        mine.kernels.run_step(mine, step, begin * step.abreast(),
+                              std::min(step.outer, end * step.abreast()));
       });
     }
     for (const Group& group : job.program.groups) run_group(job, group, nullptr, false);
@@ -236,8 +236,8 @@ struct Network {
   // Pooling::pool by a team.
   static WEIGHTOPS_INLINE void pool(const Features<T>& from, const Program& program,
                                     const Kernels<T>& kernels, const Team<T>* team) {
-    const std::vector<char>& sliced = program.sliced[program.reads];
-    if (team == nullptr) return Pooling::pool(from, program.mean, sliced);
+    const std::vector<char>& banded = program.banded[program.reads];
+    if (team == nullptr) return Pooling::pool(from, program.mean, banded);
     const auto& nodes = from.side->nodes;
     std::vector<char> done(nodes.size());
     std::vector<PoolPart> parts;
@@ -247,7 +247,7 @@ struct Network {
         continue;
       done[number] = 1;
       for (int64_t child : node.children) {
-        if (sliced[child]) continue;
+        if (banded[child]) continue;
         const int64_t size = node.sizes[nodes[child].dropped > 0 ? 0 : 1];
         const int64_t shares = std::min<int64_t>(size, 8);
         for (int64_t s = 0; s < shares; ++s)
@@ -258,7 +258,7 @@ struct Network {
       (*team)(parts.size(), [&](int64_t begin, int64_t end, Workspace<T>&) {
         for (int64_t p = begin; p < end; ++p) kernels.pool_part(from, parts[p], program.mean);
       });
-    Pooling::pool(from, program.mean, sliced, nullptr, &done);
+    Pooling::pool(from, program.mean, banded, nullptr, &done);
   }
 
   // The sums that are taken on the way begin with zero.
@@ -287,7 +287,7 @@ struct Network {
       if (job.out && !step.streams) job.kernels.run_step(job, step, 0, step.outer);
     for (const Step& step : program.steps)
       if (step.streams) job.kernels.run_step(streaming, step, 0, step.outer);
-    Pooling::pool(other, mean, program.sliced[1 - program.reads], &program.streamed);
+    Pooling::pool(other, mean, program.banded[1 - program.reads], &program.streamed);
     for (const Step& step : program.steps)
       if (!step.streams) job.kernels.run_step(rest, step, 0, step.outer);
     rest.out = job.out;

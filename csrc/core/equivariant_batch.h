@@ -151,7 +151,7 @@ struct Batches {
         Single::run({program, features, parameters[l], out, workspace.broadcast.get(0), false, true,
                      workspace, nullptr, streams ? &next : nullptr, kernels, team});
         if (streams)
-          Single::Pooling::pool(next, after.mean, after.sliced[after.reads], &program.streamed);
+          Single::Pooling::pool(next, after.mean, after.banded[after.reads], &program.streamed);
         else
           Single::pool(next, after, kernels, team);
         features = next;
@@ -185,7 +185,7 @@ struct Batches {
                             workspace.sums[0].get(sides[0].slots * in)};
         const Features<T> grad{&sides[1], task.grad.data + b * task.grad.stride, out,
                                workspace.sums[1].get(sides[1].slots * out)};
-        Single::Pooling::pool(grad, false, task.program.sliced[1]);
+        Single::Pooling::pool(grad, false, task.program.banded[1]);
         T* to_x = task.to_x.data ? task.to_x.data + b * task.to_x.stride : nullptr;
         Single::run_backward({task.program, grad, parameters, to_x, workspace.broadcast.get(0),
                               task.stream, false, workspace, nullptr, nullptr, kernels, nullptr},

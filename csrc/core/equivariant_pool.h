@@ -135,18 +135,18 @@ struct Pool {
                scale);
   }
 
-  // All nodes of a side that are sums but for the `sliced` ones, each tensor read once from memory.
+  // All nodes of a side that are sums but for the `banded` ones, each tensor read once from memory.
   // Sums over one index of a `streamed` tensor are there already, but for the division; those of
   // a node that is `done` altogether.
   static WEIGHTOPS_INLINE void pool(const Features<T>& from, bool mean,
-                                    const std::vector<char>& sliced,
+                                    const std::vector<char>& banded,
                                     const std::vector<char>* streamed = nullptr,
                                     const std::vector<char>* done = nullptr) {
     const auto& nodes = from.side->nodes;
     const auto scale = [&](int64_t size) { return mean ? T(1) / T(size) : T(1); };
     for (size_t number = 0; number < nodes.size(); ++number) {
       const Node& node = nodes[number];
-      if (node.children.empty() || sliced[number] || (done && (*done)[number])) continue;
+      if (node.children.empty() || banded[number] || (done && (*done)[number])) continue;
       if (node.numel == 0) {
         for (int64_t child : node.children)
           std::fill_n(from.sums + nodes[child].slot * from.channels,
@@ -165,7 +165,7 @@ struct Pool {
       const int64_t rows = node.sizes[0], step = chunk(node, from.channels);
       for (int64_t begin = 0; begin < rows; begin += step)
         for (int64_t child : node.children)
-          if (!sliced[child])
+          if (!banded[child])
             sum_node(source, node.sizes, nodes[child].dropped, begin, std::min(rows, begin + step),
                      from.channels, from.sums + nodes[child].slot * from.channels,
                      nodes[child].dropped == 0 && begin > 0,

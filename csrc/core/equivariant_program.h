@@ -2,8 +2,8 @@
 // that are the same for all networks.
 #pragma once
 
+#include "equivariant_band.h"
 #include "equivariant_layout.h"
-#include "equivariant_slice.h"
 
 namespace weightops::equivariant {
 
@@ -52,7 +52,7 @@ struct Step {
   std::vector<int64_t> terms;  // [reader][target] -> term, or -1
 
   // Tiles below each other share the pages and lines of operands that lie the other way round.
-  int64_t band() const { return turns ? 8 : 1; }
+  int64_t abreast() const { return turns ? 8 : 1; }
 };
 
 // Weights [out, in, 3, 3] with all of their sums over taps, for equivariant_taps.h. Offsets and
@@ -81,7 +81,7 @@ struct Program {
   int64_t channels_read, channels_written, padded;
   std::vector<Step> steps;
   std::vector<Group> groups;
-  std::vector<char> sliced[2];  // nodes by side: a group's
+  std::vector<char> banded[2];  // nodes by side: a group's
   size_t max_readers = 0, max_targets = 0;
   bool thin;                   // to one channel, see equivariant_thin.h: rows are not padded
   bool mean, share;            // divide by sizes when reading, when broadcasting
@@ -102,14 +102,14 @@ inline Sizes turned(const Sizes& strides, const Sizes& dims, int64_t scale) {
   return result;
 }
 
-inline Source source(const Side& side, const std::vector<char>& sliced, const Operand& operand,
+inline Source source(const Side& side, const std::vector<char>& banded, const Operand& operand,
                      const Layout& layout, int64_t channels) {
   const Node& node = side.nodes[operand.node];
   const bool whole = node.parent < 0;
   const int64_t offset = whole ? side.tensors[node.tensor].offset : node.slot;
   Source source{whole,
                 place(layout, offset * channels, turned(node.strides, operand.dims, channels),
-                      sliced[operand.node]),
+                      banded[operand.node]),
                 {}};
   if (node.whole)
     for (int64_t number : node.children) {
@@ -117,7 +117,7 @@ inline Source source(const Side& side, const std::vector<char>& sliced, const Op
       Sizes spread = child.strides;
       spread.insert(spread.begin() + child.dropped, 0);
       source.sums.push_back(place(layout, child.slot * channels,
-                                  turned(spread, operand.dims, channels), sliced[number], true));
+                                  turned(spread, operand.dims, channels), banded[number], true));
     }
   return source;
 }
@@ -152,7 +152,7 @@ inline void add_diagonal(Target& target, const Step& step, const Sizes& sizes, c
   }
 }
 
-inline Target target(const Side& side, const std::vector<char>& sliced, const Operand& operand,
+inline Target target(const Side& side, const std::vector<char>& banded, const Operand& operand,
                      const Step& step, const Layout& layout, int64_t channels, int64_t padded,
                      bool share) {
   const Node& node = side.nodes[operand.node];
@@ -162,13 +162,13 @@ inline Target target(const Side& side, const std::vector<char>& sliced, const Op
   const int64_t offset = node.whole ? side.tensors[node.tensor].offset : node.write_slot;
   const Sizes strides = node.whole ? node.strides : dense_strides(node.sizes);
   target.place = place(layout, offset * target.width, turned(strides, operand.dims, target.width),
-                       sliced[operand.node]);
+                       banded[operand.node]);
   for (int64_t number : node.children) {
     const Node& child = side.nodes[number];
     Sizes spread = child.strides;
     spread.insert(spread.begin() + child.dropped, 0);
     target.addends.push_back({place(layout, child.write_slot * padded,
-                                    turned(spread, operand.dims, padded), sliced[number], true),
+                                    turned(spread, operand.dims, padded), banded[number], true),
                               share ? 1.0 / node.sizes[child.dropped] : 1.0});
   }
   for (int64_t number : node.diagonals)
@@ -177,15 +177,15 @@ inline Target target(const Side& side, const std::vector<char>& sliced, const Op
 }
 
 // A band's features take about half of the first-level cache.
-inline Group group(const Plan& plan, const Slicing& slicing, int64_t tensor, int64_t channels) {
+inline Group group(const Plan& plan, const Banding& banding, int64_t tensor, int64_t channels) {
   const Sizes& sizes = plan.sides[0].tensors[tensor].sizes;
   const int64_t most = std::max<int64_t>(1, 24576 * sizes[0] / (product(sizes) * channels * 4));
   Group group{tensor, std::min(most, sizes[0]), 0, {}, {}, {}};
   while (sizes[0] % group.band != 0) --group.band;
   group.bands = sizes[0] / group.band;
   for (int s = 0; s < 2; ++s)
-    for (size_t n = 0; n < slicing.nodes[s].size(); ++n)
-      if (slicing.nodes[s][n] && plan.sides[s].nodes[n].tensor == tensor)
+    for (size_t n = 0; n < banding.nodes[s].size(); ++n)
+      if (banding.nodes[s][n] && plan.sides[s].nodes[n].tensor == tensor)
         group.nodes[s].push_back(n);
   return group;
 }
@@ -244,17 +244,17 @@ inline Program::Program(const Plan& plan, int reads, int64_t channels_read,
       thin(lanes == 1),
       mean(plan.mean && reads == 0),
       share(plan.mean && reads == 1) {
-  const Slicing slicing(plan);
-  for (int side = 0; side < 2; ++side) sliced[side] = slicing.nodes[side];
+  const Banding banding(plan);
+  for (int side = 0; side < 2; ++side) banded[side] = banding.nodes[side];
   streamed.assign(plan.sides[1 - reads].tensors.size(), 0);
-  for (const int64_t tensor : slicing.tensors)
+  for (const int64_t tensor : banding.tensors)
     groups.push_back(
-        detail::group(plan, slicing, tensor, std::max(channels_read, channels_written)));
+        detail::group(plan, banding, tensor, std::max(channels_read, channels_written)));
   std::vector<std::vector<const Type*>> members(groups.size());
   for (size_t t = 0; t < plan.types[reads].size(); ++t) {
     const Type& type = plan.types[reads][t];
     if (type.writers.empty() || product(type.sizes) == 0) continue;
-    const int64_t group = slicing.group_of_type[t];
+    const int64_t group = banding.group_of_type[t];
     if (group >= 0) members[group].push_back(&type);
     Step made = step(type, group < 0 ? 0 : groups[group].band, lanes);
     (group < 0 ? steps : groups[group].steps).push_back(std::move(made));
@@ -283,10 +283,10 @@ inline Step Program::step(const Type& type, int64_t band, int64_t lanes) {
   const int64_t tiles = (step.run + most - 1) / most;
   step.tile = std::min(most, ((step.run + tiles - 1) / tiles + 11) / 12 * 12);
   for (const Operand& operand : type.readers)
-    step.readers.push_back(detail::source(from, sliced[reads], operand, layout, channels_read));
+    step.readers.push_back(detail::source(from, banded[reads], operand, layout, channels_read));
   for (const Operand& operand : type.writers) {
-    step.others.push_back(detail::source(to, sliced[1 - reads], operand, layout, channels_written));
-    step.targets.push_back(detail::target(to, sliced[1 - reads], operand, step, layout,
+    step.others.push_back(detail::source(to, banded[1 - reads], operand, layout, channels_written));
+    step.targets.push_back(detail::target(to, banded[1 - reads], operand, step, layout,
                                           channels_written, padded, share));
   }
   for (size_t w = 0; w < type.writers.size(); ++w)

@@ -15,13 +15,7 @@ from weightops.ops.equivariant.reference import per_term
 
 SEEDS = st.integers(0, 2**31)
 MOST = 250  # terms, so that the definition takes no longer than it must
-OPTIONS: dict[str, dict] = {
-    "full": {},
-    "sum": {"normalize": "sum"},
-    "local": {"terms": "local"},
-    "mpnn": {"terms": "mpnn"},
-    "predicate": {"terms": lambda term: len(str(term)) % 3 != 0},
-}
+OPTIONS = testing.PLAN_OPTIONS
 
 
 def random_plan(seed: int, fixed: str = "permute", **options: object) -> EquivariantPlan:

@@ -19,13 +19,6 @@ kernel = pytest.mark.skipif(
     not _load.has_kernel("equivariant_stack", "cpu"), reason="only the kernel promises this"
 )
 RNN = EquivariantPlan(testing.rnn_spec(3, 5, 2))
-OPTIONS: dict[str, dict] = {
-    "full": {},
-    "sum": {"normalize": "sum"},
-    "local": {"terms": "local"},
-    "mpnn": {"terms": "mpnn"},
-    "predicate": {"terms": lambda term: len(str(term)) % 3 != 0},
-}
 
 
 def make(
@@ -83,7 +76,7 @@ def check(plan: EquivariantPlan, leaves: list[Tensor], bias: bool, last: bool) -
 @settings(deadline=None, max_examples=40)
 @given(
     st.integers(0, 2**31),
-    st.sampled_from(list(OPTIONS)),
+    st.sampled_from(list(testing.PLAN_OPTIONS)),
     st.sampled_from(["permute", "index", "channel"]),
     st.booleans(),
     st.booleans(),
@@ -94,7 +87,7 @@ def test_a_stack_equals_the_definition_of_its_layers(
 ) -> None:
     spec = testing.random_spec(torch.Generator().manual_seed(seed), tensors=3, max_rank=3)
     assume(0 < size.count_terms(spec, spec, fixed) <= 250 and spec.numel < 2000)
-    plan = EquivariantPlan(spec, fixed=fixed, **OPTIONS[options])
+    plan = EquivariantPlan(spec, fixed=fixed, **testing.PLAN_OPTIONS[options])
     assume(plan.num_terms > 0)
     check(plan, make(plan, (2, 3, 1, 2), own=own, bias=bias, seed=seed), bias, last)
 
@@ -227,6 +220,20 @@ def test_several_threads_on_one_network_change_nothing(
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+def test_what_is_no_stack_is_named() -> None:
+    x, theta, bias, *rest = make(RNN, (2, 2, 2))
+    away = EquivariantPlan(testing.rnn_spec(3, 5, 2), WeightSpec({"h": ("h",)}, {"h": (5,)}))
+    lead = torch.zeros(away.num_terms, 2, 2, dtype=DOUBLE)
+    for thetas, biases, plan, what in (
+        ([], [], RNN, "not 0 and 0"),
+        ([theta, rest[0]], [bias], RNN, "not 2 and 1"),
+        ([theta, rest[0]], [bias, None], RNN, "every layer"),
+        ([lead, lead], [None, None], away, "to itself"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            equivariant_stack(x, thetas, biases, plan)
 
 
 def test_strides_and_shared_parameters_among_own_ones() -> None:

@@ -17,6 +17,7 @@ from weightops.testing.checks import (
     check_transform,
 )
 from weightops.testing.problems import (
+    PLAN_OPTIONS,
     Assign,
     Equivariant,
     Networks,
@@ -42,6 +43,7 @@ from weightops.testing.specs import (
 
 __all__ = [
     "MODES",
+    "PLAN_OPTIONS",
     "TRANSFORMS",
     "WEIGHT_SPACES",
     "Assign",

@@ -108,6 +108,16 @@ class Assign:
         return score, score + change * noise * (score.norm() / noise.norm())
 
 
+#: arguments of plans that differ in what kernels do
+PLAN_OPTIONS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "sum": {"normalize": "sum"},
+    "local": {"terms": "local"},
+    "mpnn": {"terms": "mpnn"},
+    "predicate": {"terms": lambda term: len(str(term)) % 3 != 0},
+}
+
+
 @dataclass(frozen=True)
 class Equivariant:
     """An equivariant layer on a batch of networks of one of the :data:`WEIGHT_SPACES`."""

@@ -84,10 +84,22 @@ def equivariant_stack(
     Raises:
         ValueError, TypeError: as ``equivariant_linear`` for the layer that does not fit.
     """
+    where = "equivariant_stack"
+    if not theta or len(bias) != len(theta):
+        raise ValueError(
+            f"{where}: theta and bias must have an entry for each of one or more layers, "
+            f"not {len(theta)} and {len(bias)}"
+        )
+    if len({each is None for each in bias}) > 1:
+        raise ValueError(f"{where}: bias must be given for every layer or be None for every layer")
     own, like = False, x
     for n, each in enumerate(theta):
         own = _check_arguments(like, each, bias[n], plan) or own
         like = x.new_empty(()).expand(*x.shape[:2], each.shape[-1])
+    if len(theta) > 1 and plan.spec != plan.spec_out:
+        raise ValueError(
+            f"{where}: plan must lead from a weight space to itself for several layers"
+        )
     lead = x.shape[0] if own else None
     grouped = [_grouped(*each, lead) for each in zip(theta, bias, strict=True)]
     biases = [each for _, each in grouped if each is not None]

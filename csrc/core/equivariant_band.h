@@ -7,12 +7,12 @@
 
 namespace weightops::equivariant {
 
-struct Slicing {
+struct Banding {
   std::vector<char> nodes[2];  // by side: held for a band only
   std::vector<int64_t> tensors;
   std::vector<int64_t> group_of_type;  // an index of tensors, or -1
 
-  explicit Slicing(const Plan& plan);
+  explicit Banding(const Plan& plan);
 
  private:
   // Smaller tensors are in the cache anyway, smaller nodes are not worth tiles of their own.
@@ -33,7 +33,7 @@ inline bool keeps_first_axis(const Side& side, int64_t number) {
 
 }  // namespace detail
 
-inline void Slicing::begin(const Plan& plan) {
+inline void Banding::begin(const Plan& plan) {
   const auto &from = plan.sides[0].tensors, &to = plan.sides[1].tensors;
   tensor_.assign(std::max(from.size(), to.size()), 0);
   for (size_t t = 0; t < from.size() && from.size() == to.size(); ++t) {
@@ -52,7 +52,7 @@ inline void Slicing::begin(const Plan& plan) {
 }
 
 // Whether all operands are one tensor's, lie the same way round and are whole or held by bands.
-inline bool Slicing::is_banded(const Plan& plan, const Type& type) const {
+inline bool Banding::is_banded(const Plan& plan, const Type& type) const {
   int64_t tensor = -1;
   for (int s = 0; s < 2; ++s)
     for (const Operand& operand : s == 0 ? type.readers : type.writers) {
@@ -66,7 +66,7 @@ inline bool Slicing::is_banded(const Plan& plan, const Type& type) const {
 }
 
 // Takes back what can't be held by bands; whether there was anything.
-inline bool Slicing::narrow(const Plan& plan) {
+inline bool Banding::narrow(const Plan& plan) {
   bool changed = false;
   const auto clear = [&](char& flag) {
     changed |= flag != 0;
@@ -92,7 +92,7 @@ inline bool Slicing::narrow(const Plan& plan) {
   return changed;
 }
 
-inline Slicing::Slicing(const Plan& plan) {
+inline Banding::Banding(const Plan& plan) {
   begin(plan);
   while (narrow(plan)) {
   }
