@@ -106,6 +106,26 @@ def permutation_fault(index: Tensor) -> str | None:
     return None
 
 
+def index_fault(index: Tensor, count: int) -> str | None:
+    """Which entry of ``index`` is not in 0 .. count - 1, or ``None``."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(index):
+        # Of a batched tensor the values of all lanes are looked at.
+        index = torch._C._functorch.get_unwrapped(index)
+    if index.is_meta or not index.numel():
+        return None
+    # As above: a GPU is waited for once, until the tensor is written to.
+    remembers = index.is_cuda and not index.is_inference()
+    if remembers and getattr(index, "_weightops_below", None) == (index._version, count):
+        return None
+    low, high = index.aminmax()
+    if low.item() < 0 or high.item() >= count:
+        at = ((index < 0) | (index >= count)).nonzero()[0].tolist()
+        return f"{at} is {index[tuple(at)].item()}, outside 0..{count - 1}"
+    if remembers:
+        index._weightops_below = (index._version, count)  # type: ignore[attr-defined]
+    return None
+
+
 def out_buffer(
     where: str, out: Any, shape: Sequence[int], like: Tensor, inputs: Sequence[Tensor]
 ) -> None:
