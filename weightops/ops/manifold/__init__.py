@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weightops import _check
+from weightops import _check, _op
 from weightops.ops.manifold import arguments
 from weightops.ops.manifold.declaration import (
     _backward,
@@ -75,7 +75,7 @@ def manifold_linear(
     else:
         items = x.reshape(lead[0], prod(lead[1:]), inputs)
     shift = _shift(rows, bias)
-    y = _contract(items, rows, index, weight, shift, (), arguments.precision(x.dtype))
+    y = _contract(items, rows, index, weight, shift, (), _op.matmul_precision(x.dtype))
     return y.view(*lead, weight.shape[1])
 
 
@@ -151,7 +151,7 @@ def _convolve(
     if axes == 1:
         x, weight = x.unsqueeze(2), weight.unsqueeze(3)
     shift = _shift(rows, bias)
-    y = _contract(x, rows, index, weight, shift, geometry, arguments.precision(x.dtype))
+    y = _contract(x, rows, index, weight, shift, geometry, _op.matmul_precision(x.dtype))
     return y.squeeze(2) if axes == 1 else y
 
 

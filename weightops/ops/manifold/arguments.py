@@ -23,18 +23,6 @@ _BY_DIMS = {
 }
 
 
-# Dynamo refuses torch's own function. It guards on "highest" against the rest; "high" and "medium" compiled
-# code keeps as it found them, as Inductor does with torch's products.
-@torch.compiler.assume_constant_result
-def _float32_precision() -> str:
-    return torch.get_float32_matmul_precision()
-
-
-def precision(dtype: torch.dtype) -> str:
-    """What kernels may do with products of ``dtype``; only those of float32 can be had for less."""
-    return _float32_precision() if dtype == torch.float32 else "highest"
-
-
 def contexts(
     where: str,
     x: Tensor,
