@@ -142,18 +142,26 @@ def out_buffer(
         raise ValueError(
             f"{where}: out= does not record gradients; call without out, or under torch.no_grad()"
         )
-    if torch.compiler.is_compiling() or out.is_meta or out.numel() == 0:
+    writable(where, "out", out, inputs)
+
+
+def writable(where: str, name: str, value: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Each entry of ``value`` must have memory of its own, which no input shares."""
+    if torch.compiler.is_compiling() or value.is_meta or value.numel() == 0:
         return
-    if not out.is_contiguous() and any(n > 1 and not s for n, s in zip(out.shape, out.stride())):
-        raise ValueError(f"{where}: out must not be an expanded tensor (strides {out.stride()})")
-    if out.is_conj() or out.is_neg():
-        raise ValueError(f"{where}: out must not be a conjugate or negative view")
-    begin, end = _extent(out)
-    for value in inputs:
-        if value.numel() and value.device == out.device:
-            first, last = _extent(value)
+    sizes = zip(value.shape, value.stride(), strict=True)
+    if not value.is_contiguous() and any(n > 1 and not s for n, s in sizes):
+        raise ValueError(
+            f"{where}: {name} must not be an expanded tensor (strides {value.stride()})"
+        )
+    if value.is_conj() or value.is_neg():
+        raise ValueError(f"{where}: {name} must not be a conjugate or negative view")
+    begin, end = _extent(value)
+    for other in inputs:
+        if other.numel() and other.device == value.device:
+            first, last = _extent(other)
             if first < end and begin < last:
-                raise ValueError(f"{where}: out shares memory with an input")
+                raise ValueError(f"{where}: {name} shares memory with an input")
 
 
 def _extent(value: Tensor) -> tuple[int, int]:

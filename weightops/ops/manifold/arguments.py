@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weightops import _check
+from weightops import _check, _op
+from weightops.ops.manifold.declaration import _synthesize
 
 #: dtype -> what its sums are taken in
 ACCUMULATE = {
@@ -244,7 +245,14 @@ def update(
                 f"{where}: inverse_gram must be {at.dtype} or {rows.dtype}, not {inverse_gram.dtype}"
             )
         _check.same_device(where, "inverse_gram", inverse_gram, "bases", at)
-        step = rows @ inverse_gram.to(rows.dtype)
+        # As an op of this library, which autocast leaves alone.
+        step = _synthesize(rows, inverse_gram.to(rows.dtype))
+    if _op._transforms_active():
+        raise ValueError(f"{where}: works in place, so not under the transforms of torch.func")
+    held = [v for v in (grad, coeffs, lr, inverse_gram) if isinstance(v, Tensor)]
+    if torch.is_grad_enabled() and any(v.requires_grad for v in (at, *held)):
+        raise ValueError(f"{where}: records no gradients; call it under torch.no_grad()")
+    _check.writable(where, "bases", at, held)
     return rows, step * _size(where, lr, at)
 
 
@@ -252,6 +260,8 @@ def _size(where: str, lr: Any, at: Tensor) -> Any:
     if isinstance(lr, Tensor):
         _check.dense(where, "lr", lr)
         if lr.dim() == 0 and lr.is_floating_point():
+            if lr.device.type != "cpu":
+                _check.same_device(where, "lr", lr, "bases", at)
             return lr
     elif isinstance(lr, (int, float)) and not isinstance(lr, bool):
         return lr

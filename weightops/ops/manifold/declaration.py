@@ -274,8 +274,13 @@ def _backward_jvp(
     pushed = _each_slot(args, (x, coeffs, weight), wanted)
     if grad is not None:
         given = _backward(grad, *args[1:])
-        pushed = [_sum(p, g) if w else None for p, g, w in zip(pushed, given, wanted, strict=True)]
-    return tuple(pushed)
+        pushed = [_sum(*each) for each in zip(pushed, given, strict=True)]
+    # Of several outputs each must have a tangent, also the empty ones.
+    slots = zip(pushed, wanted, (args[1], args[2], args[4]), strict=True)
+    return tuple(
+        at.new_zeros(at.shape if want else (0,)) if each is None else each
+        for each, want, at in slots
+    )
 
 
 def _backward_vmap(size: int, dims: Sequence, *args: Any) -> tuple:
@@ -319,11 +324,15 @@ def _check_synthesize(coeffs: Tensor, bases: Tensor) -> None:
     _require(coeffs.shape[1] == bases.shape[0], "coeffs and bases differ in their bases")
 
 
+# A backward pass may run under autocast too.
+_product = _op._exactly(torch.matmul)
+
+
 def _synthesize_backward(args: Sequence, needs: Sequence[bool], grad: Tensor) -> tuple:
     coeffs, bases = args
     to_coeffs = to_bases = None
     if needs[0]:
-        to_coeffs = grad.to(coeffs.dtype) @ bases.to(coeffs.dtype).mT
+        to_coeffs = _product(grad.to(coeffs.dtype), bases.to(coeffs.dtype).mT)
     if needs[1]:
         to_bases = _synthesize(coeffs.mT, grad)
     return to_coeffs, to_bases
@@ -364,14 +373,8 @@ def _check_update(bases: Tensor, grad: Tensor, coeffs: Tensor, step: Tensor) -> 
     _require(step.shape == coeffs.shape, "step must have the shape of coeffs")
 
 
-def _update_vmap(
-    size: int, dims: Sequence, bases: Tensor, grad: Tensor, coeffs: Tensor, step: Tensor
-) -> tuple:
-    if dims[0] is None:
-        raise RuntimeError("synthesize_update_: bases must be batched where other arguments are")
-    args = (bases, grad, coeffs, step)
-    lanes = [_update(*(_lane(v, d, n) for v, d in zip(args, dims))) for n in range(size)]
-    return torch.stack(lanes), 0
+def _update_vmap(*_: Any) -> tuple:
+    raise RuntimeError("manifold: synthesize_update works in place and takes no batched tensors")
 
 
 _update: Callable = _op.define(
