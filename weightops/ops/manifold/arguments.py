@@ -101,12 +101,8 @@ def _index(where: str, index: Any, x: Tensor, coeffs: Tensor) -> Tensor:
         )
     if coeffs.shape[0] == 0 and index.shape[0] > 0:
         raise ValueError(f"{where}: coeffs has no context (shape {list(coeffs.shape)})")
-    if not torch.compiler.is_compiling() and not (
-        index.is_cuda and torch.cuda.is_current_stream_capturing()
-    ):
-        fault = _check.index_fault(index, coeffs.shape[0])
-        if fault:
-            raise ValueError(f"{where}: index{fault}")
+    if fault := _check.index_fault(index, coeffs.shape[0]):
+        raise ValueError(f"{where}: index{fault}")
     return index.long()
 
 
