@@ -1,16 +1,19 @@
 """Every op under every transform: eager, compiled, differentiated, batched, exported."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import weightops
 from weightops import testing
 from weightops.ops import assign as assign_op
 from weightops.ops import equivariant as equivariant_op
+from weightops.ops import manifold as manifold_op
 from weightops.ops import permute as permute_op
 from weightops.ops.equivariant.reference import per_term
 from weightops.ops.permute import reference
@@ -69,6 +72,57 @@ def stack_of_everything(stack: Callable[..., Tensor], values: Tensor) -> Tensor:
     theta = [values.sum((1, 2))[:, None, None, None] * each for each in THETAS]
     bias = [(2 * values[:, : PLAN.num_biases, :1]).cos().expand(-1, -1, 3), BIASES[1]]
     return stack(values, theta, bias, PLAN, activate_last=True)
+
+
+SAMPLES = torch.randn(2, 3, 4, generator=GENERATOR, dtype=torch.float64)
+COEFFS = torch.randn(2, 3, generator=GENERATOR, dtype=torch.float64)
+LINEAR = torch.randn(3, 2, 4, generator=GENERATOR, dtype=torch.float64)
+LINEAR_BIAS = torch.randn(3, 2, generator=GENERATOR, dtype=torch.float64)
+IMAGES = torch.randn(2, 2, 4, 3, generator=GENERATOR, dtype=torch.float64)
+KERNELS = torch.randn(3, 4, 1, 2, 3, generator=GENERATOR, dtype=torch.float64)
+CONVOLUTION: dict[str, Any] = {"stride": (1, 2), "padding": 1, "dilation": (2, 1), "groups": 2}
+ITEM_OF = torch.tensor([1, 0, 1, 1])
+
+
+def manifold_by_einsum(
+    x: Tensor, coeffs: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None = None
+) -> Tensor:
+    c = coeffs if index is None else coeffs[index]
+    if c.dim() == 1:
+        c = c.expand(x.shape[0], -1)
+    y = torch.einsum("nk,nri,koi->nro", c, x.flatten(1, -2) if x.dim() > 2 else x[:, None], weight)
+    return (y + (c @ bias)[:, None]).reshape(*x.shape[:-1], weight.shape[1])
+
+
+def manifold_conv_by_samples(
+    x: Tensor, coeffs: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None = None
+) -> Tensor:
+    c = coeffs if index is None else coeffs[index]
+    weights, biases = torch.tensordot(c, weight, 1), c @ bias
+    found = [
+        torch.nn.functional.conv2d(x[n : n + 1], weights[n], biases[n], **CONVOLUTION)
+        for n in range(x.shape[0])
+    ]
+    return torch.cat(found)
+
+
+def manifold_conv1d_by_samples(x: Tensor, coeffs: Tensor, weight: Tensor) -> Tensor:
+    weights = torch.tensordot(coeffs, weight, 1)
+    x = torch.nn.functional.pad(x, (0, 1))
+    return torch.stack([torch.nn.functional.conv1d(x[n], weights[n]) for n in range(x.shape[0])])
+
+
+def manifold_of_everything(layer: Callable[..., Tensor], values: Tensor) -> Tensor:
+    """``layer`` of inputs, contexts, bases and biases that all hang on ``values`` [2, 3, 4]."""
+    weight = values.sum() * LINEAR + values[:, :2].transpose(0, 1)[None, :, 0]
+    return layer(values, values[:, :, 1].cos(), weight, LINEAR_BIAS * values[0, :, :2])
+
+
+def convolution_of_everything(layer: Callable[..., Tensor], images: Tensor) -> Tensor:
+    """``layer`` of images, contexts, bases and biases that all hang on ``images`` [2, 2, 4, 3]."""
+    weight = images.sum() * KERNELS + images[0, 0, :, None, None] * images[1, 1, 0]
+    bias = images[0, 1, :3, :1] * torch.ones(4, dtype=images.dtype)
+    return layer(images, images[:, 0, 0].cos(), weight, bias)
 
 
 class Case(NamedTuple):
@@ -161,6 +215,88 @@ CASES = {
         FEATURES,
         "equivariant_stack",
     ),
+    "manifold": Case(
+        lambda x: weightops.manifold_linear(x, COEFFS, LINEAR, LINEAR_BIAS),
+        lambda x: manifold_by_einsum(x, COEFFS, LINEAR, LINEAR_BIAS),
+        SAMPLES,
+        "manifold_contract",
+    ),
+    "manifold-coeffs": Case(
+        lambda c: weightops.manifold_linear(SAMPLES, c, LINEAR, LINEAR_BIAS),
+        lambda c: manifold_by_einsum(SAMPLES, c, LINEAR, LINEAR_BIAS),
+        COEFFS,
+        "manifold_contract",
+    ),
+    "manifold-weight": Case(
+        lambda w: weightops.manifold_linear(SAMPLES, COEFFS, w, LINEAR_BIAS),
+        lambda w: manifold_by_einsum(SAMPLES, COEFFS, w, LINEAR_BIAS),
+        LINEAR,
+        "manifold_contract",
+    ),
+    "manifold-bias": Case(
+        lambda b: weightops.manifold_linear(SAMPLES, COEFFS, LINEAR, b),
+        lambda b: manifold_by_einsum(SAMPLES, COEFFS, LINEAR, b),
+        LINEAR_BIAS,
+        "manifold_contract",
+    ),
+    "manifold-shared": Case(
+        lambda c: weightops.manifold_linear(SAMPLES, c, LINEAR * c.sum(), LINEAR_BIAS),
+        lambda c: manifold_by_einsum(SAMPLES, c, LINEAR * c.sum(), LINEAR_BIAS),
+        COEFFS[0].clone(),  # torch itself can't take a view of part of a tensor in a compiled jvp
+        "manifold_contract",
+    ),
+    "manifold-grouped": Case(
+        lambda c: weightops.manifold_linear(
+            SAMPLES.reshape(4, 6)[:, :4] * c.sum(), c, LINEAR, LINEAR_BIAS, index=ITEM_OF
+        ),
+        lambda c: manifold_by_einsum(
+            SAMPLES.reshape(4, 6)[:, :4] * c.sum(), c, LINEAR, LINEAR_BIAS, ITEM_OF
+        ),
+        COEFFS,
+        "manifold_contract",
+    ),
+    "manifold-everything": Case(
+        lambda x: manifold_of_everything(weightops.manifold_linear, x),
+        lambda x: manifold_of_everything(manifold_by_einsum, x),
+        SAMPLES,
+        "manifold_contract",
+    ),
+    "manifold_conv": Case(
+        lambda x: weightops.manifold_conv2d(
+            x, COEFFS, KERNELS, LINEAR_BIAS.repeat(1, 2), index=ITEM_OF[:2], **CONVOLUTION
+        ),
+        lambda x: manifold_conv_by_samples(
+            x, COEFFS, KERNELS, LINEAR_BIAS.repeat(1, 2), ITEM_OF[:2]
+        ),
+        IMAGES,
+        "manifold_contract",
+    ),
+    "manifold_conv-everything": Case(
+        lambda x: convolution_of_everything(partial(weightops.manifold_conv2d, **CONVOLUTION), x),
+        lambda x: convolution_of_everything(manifold_conv_by_samples, x),
+        IMAGES,
+        "manifold_contract",
+    ),
+    "manifold_conv1d": Case(
+        lambda x: weightops.manifold_conv1d(
+            x, x[:, 0, :3], LINEAR[:, :, :3, None] * x[0, :, :2], padding="same"
+        ),
+        lambda x: manifold_conv1d_by_samples(x, x[:, 0, :3], LINEAR[:, :, :3, None] * x[0, :, :2]),
+        SAMPLES,
+        "manifold_contract",
+    ),
+    "synthesize": Case(
+        lambda b: weightops.synthesize(COEFFS, b),
+        lambda b: COEFFS @ b,
+        LINEAR.flatten(1),
+        "synthesize",
+    ),
+    "synthesize-both": Case(
+        lambda b: weightops.synthesize(b[:, :3].cos(), b),
+        lambda b: b[:, :3].cos() @ b,
+        LINEAR.flatten(1),
+        "synthesize",
+    ),
 }
 # Unlike every other size here: torch takes equal sizes for one symbol.
 BATCHES = (11, 17, 23)
@@ -175,7 +311,11 @@ def test_eager_transform_equals_reference(case: str, name: str) -> None:
 
 
 # By theta and by bias alone tracing goes the ways that the whole of it goes too.
-BY_ONE = {"equivariant-theta", "equivariant-bias", "stack-theta"}
+BY_ONE = {
+    *("equivariant-theta", "equivariant-bias", "stack-theta"),
+    *("manifold", "manifold-coeffs", "manifold-weight", "manifold-bias", "manifold-shared"),
+    *("manifold-grouped", "manifold_conv-everything", "manifold_conv1d", "synthesize"),
+}
 
 
 @pytest.mark.parametrize(
@@ -187,7 +327,13 @@ def test_traced_transform_equals_reference(case: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(INDUCTOR))
-@pytest.mark.parametrize("case", ["permute", "permute_axes", "merge-both", "equivariant", "stack"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("permute", "permute_axes", "merge-both", "equivariant", "stack"),
+        *("manifold-everything", "manifold_conv", "synthesize-both"),
+    ],
+)
 def test_compiled_transform_equals_reference(case: str, name: str) -> None:
     testing.check_transform(name, "inductor", *CASES[case][:3])
 
@@ -240,6 +386,117 @@ def test_dynamic_batch_of_features_compiles_once() -> None:
     )
 
 
+def test_dynamic_batch_of_contexts_compiles_once() -> None:
+    def grouped(layer: Callable[..., Tensor], x: Tensor) -> Tensor:
+        return layer(x, COEFFS, LINEAR, LINEAR_BIAS, index=(x[:, 0] > 0).long())
+
+    def own(layer: Callable[..., Tensor], x: Tensor) -> Tensor:
+        return layer(x, x[:, :3].cos(), LINEAR, LINEAR_BIAS)
+
+    def shared(layer: Callable[..., Tensor], x: Tensor) -> Tensor:
+        return layer(x, COEFFS[0], LINEAR, LINEAR_BIAS)
+
+    inputs = [torch.randn(n, 4, generator=GENERATOR, dtype=torch.float64) for n in BATCHES]
+    for each in (grouped, own, shared):
+        testing.check_compiled_training(
+            partial(each, weightops.manifold_linear), partial(each, manifold_by_einsum), inputs
+        )
+    testing.check_compiled_training(
+        lambda b: weightops.synthesize(COEFFS, b.mT),
+        lambda b: COEFFS @ b.mT,
+        [v[:, :3] for v in inputs],
+    )
+
+
+def test_dynamic_batch_of_images_compiles_once() -> None:
+    bias = LINEAR_BIAS.repeat(1, 2)
+    inputs = [torch.randn(n, 2, 4, 3, generator=GENERATOR, dtype=torch.float64) for n in BATCHES]
+
+    def layer(x: Tensor) -> Tensor:
+        index = (x[:, 0, 0, 0] > 0).long()
+        return weightops.manifold_conv2d(x, COEFFS, KERNELS, bias, index=index, **CONVOLUTION)
+
+    def definition(x: Tensor) -> Tensor:
+        both = [
+            manifold_conv_by_samples(x, c.expand(x.shape[0], -1), KERNELS, bias) for c in COEFFS
+        ]
+        return torch.where((x[:, 0, 0, 0] > 0)[:, None, None, None], both[1], both[0])
+
+    testing.check_compiled_training(layer, definition, inputs)
+
+
+def test_compiled_code_asks_for_the_precision_that_torch_is_set_to() -> None:
+    asked = []
+
+    def backend(graph: Any, example_inputs: Any) -> Any:
+        asked.extend(
+            node.args[-1] for node in graph.graph.nodes if "manifold_contract" in str(node.target)
+        )
+        return graph
+
+    layer = torch.compile(weightops.manifold_linear, backend=backend, fullgraph=True)
+    x, coeffs, weight = SAMPLES.float(), COEFFS.float(), LINEAR.float()
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "medium", "highest"):
+            torch.set_float32_matmul_precision(precision)
+            layer(x, coeffs, weight)
+            layer(SAMPLES, COEFFS, LINEAR)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert asked == ["highest", "highest", "medium", "highest"]
+
+
+@pytest.mark.parametrize("contexts", ["own", "grouped", "shared"])
+def test_vmap_over_any_arguments_of_a_manifold(contexts: str) -> None:
+    coeffs = COEFFS[0] if contexts == "shared" else COEFFS
+    index = torch.tensor([1, 0]) if contexts == "grouped" else None
+    args = [SAMPLES[:, 0], coeffs, LINEAR, LINEAR_BIAS, index]
+    others = [SAMPLES[:, 1], coeffs.cos(), LINEAR.cos(), LINEAR_BIAS.cos(), torch.tensor([1, 1])]
+
+    def layer(x: Tensor, c: Tensor, w: Tensor, b: Tensor, i: Tensor | None) -> Tensor:
+        return weightops.manifold_linear(x, c, w, b, index=i)
+
+    def gradients(*args: Tensor) -> Any:
+        return torch.func.grad(lambda *a: layer(*a).square().sum(), argnums=(0, 1, 2, 3))(*args)
+
+    for batched in range(1, 32 if index is not None else 16):
+        at = [n for n in range(5) if batched >> n & 1]
+        lanes = [args, [others[n] if n in at else args[n] for n in range(5)]]
+        given = [torch.stack([args[n], others[n]], -1) if n in at else args[n] for n in range(5)]
+        dims = tuple(-1 if n in at else None for n in range(5))
+        for f in (layer, gradients):
+            expected = [torch.utils._pytree.tree_leaves(f(*lane)) for lane in lanes]
+            found = torch.utils._pytree.tree_leaves(torch.func.vmap(f, in_dims=dims)(*given))
+            for n, each in enumerate(found):
+                torch.testing.assert_close(each, torch.stack([e[n] for e in expected]))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("items", [0, 1, 2])
+def test_opcheck_of_manifold_ops(items: int, requires_grad: bool) -> None:
+    def make(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=GENERATOR).requires_grad_(requires_grad)
+
+    weight, kernels, index = make(3, 2, 4), make(3, 4, 1, 2, 3), torch.arange(items).flip(0)
+    convolved = [1, 2, 1, 1, 2, 1, 2]
+    for contexts, of in ((items, None), (1, None), (2, index)):
+        coeffs, shift = make(contexts, 3), make(contexts, 2)
+        x, y = make(items, 5, 4), make(items, 5, 2)
+        testing.check_op(manifold_op._contract, x, coeffs, of, weight, shift, [], "high")
+        wanted = (True, contexts == 1, True, "highest")
+        testing.check_op(manifold_op._backward, y, x, coeffs, of, weight, [], *wanted)
+        images, maps = make(items, 2, 4, 3), make(items, 4, 4, 2)
+        args = (images, coeffs, of, kernels)
+        testing.check_op(manifold_op._contract, *args, None, convolved, "highest")
+        testing.check_op(manifold_op._backward, maps, *args, convolved, True, True, False, "high")
+    testing.check_op(manifold_op._synthesize, make(items, 3), make(3, 7))
+    if not requires_grad:
+        coeffs, bases = make(items, 3), make(3, 7)
+        testing.check_op(manifold_op._synthesize_into, coeffs, bases, make(items, 7))
+        testing.check_op(manifold_op._update, bases, make(items, 7), coeffs, make(items, 3))
+
+
 def test_another_plan_of_the_same_size_compiles_anew() -> None:
     square = {"w": (2, 2), "b": (2,)}
     apart = weightops.WeightSpec({"w": ("h", "k"), "b": ("k",)}, square)
@@ -259,6 +516,15 @@ def test_autocast_leaves_float32_alone() -> None:
 
     testing.check_autocast(layer, FEATURES.float())
     testing.check_autocast(lambda x: weightops.merge(x, WEIGHTS.float(), SPEC), FLAT.float())
+    manifold = [v.float() for v in (COEFFS, LINEAR, LINEAR_BIAS)]
+    testing.check_autocast(lambda x: weightops.manifold_linear(x, *manifold), SAMPLES.float())
+    testing.check_autocast(
+        lambda x: weightops.manifold_conv2d(x, COEFFS.float(), KERNELS.float(), **CONVOLUTION),
+        IMAGES.float(),
+    )
+    testing.check_autocast(
+        lambda b: weightops.synthesize(COEFFS.float(), b), LINEAR[0].mT[:3].float()
+    )
     batched = torch.func.vmap(layer)
     compiled = torch.compile(batched, backend="aot_eager", fullgraph=True)
     x = torch.stack([FEATURES, 2 * FEATURES]).float()
@@ -286,6 +552,30 @@ def test_opcheck_of_equivariant_ops(batch: int, groups: int, requires_grad: bool
     testing.check_op(equivariant_op._stack, x, [theta], [], code, False)
     testing.check_op(equivariant_op._backward, x, theta, y, code, True)
     testing.check_op(equivariant_op._backward, x, theta, y, code, False)
+
+
+def test_a_backward_pass_under_autocast_keeps_float32() -> None:
+    def gradients(autocast: bool) -> list[Tensor]:
+        at = [v.float().requires_grad_() for v in (SAMPLES, COEFFS, LINEAR, LINEAR_BIAS)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            weightops.manifold_linear(*at).sum().backward()
+        return [v.grad for v in at if v.grad is not None]
+
+    for given, expected in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(given, expected, rtol=0, atol=0)
+
+
+def test_tracing_without_dynamo_looks_at_no_values() -> None:
+    x, index = SAMPLES[:, 0], torch.tensor([1, 0])
+
+    def layer(x: Tensor) -> Tensor:
+        return weightops.manifold_linear(x, COEFFS, LINEAR, LINEAR_BIAS, index=index)
+
+    torch.testing.assert_close(make_fx(layer)(x)(x), layer(x))
+    with pytest.raises(ValueError, match=r"index\[1, 0\] is 2, outside 0..1"):
+        torch.func.vmap(lambda i: weightops.manifold_linear(x[:1], COEFFS, LINEAR, index=i[None]))(
+            torch.tensor([1, 2])
+        )
 
 
 def test_vmap_over_permutations() -> None:

@@ -4,6 +4,13 @@ from weightops import _load
 from weightops._version import __version__
 from weightops.ops.assign import assign
 from weightops.ops.equivariant import EquivariantPlan, equivariant_linear
+from weightops.ops.manifold import (
+    manifold_conv1d,
+    manifold_conv2d,
+    manifold_linear,
+    synthesize,
+    synthesize_update_,
+)
 from weightops.ops.permute import merge, permute, permute_axes
 from weightops.spec import WeightSpec
 
@@ -15,7 +22,12 @@ __all__ = [
     "__version__",
     "assign",
     "equivariant_linear",
+    "manifold_conv1d",
+    "manifold_conv2d",
+    "manifold_linear",
     "merge",
     "permute",
     "permute_axes",
+    "synthesize",
+    "synthesize_update_",
 ]

@@ -55,6 +55,22 @@ def flag(where: str, name: str, value: Any) -> None:
         raise TypeError(f"{where}: {name} must be True or False, not {describe(value)}")
 
 
+def count(where: str, name: str, value: Any, least: int = 1) -> None:
+    """``value`` must be an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{where}: {name} must be an integer, not {describe(value)}")
+    if value < least:
+        raise ValueError(f"{where}: {name} must be at least {least}, not {value}")
+
+
+def number(where: str, name: str, value: Any, low: float, high: float) -> None:
+    """``value`` must be a number with ``low <= value < high``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{where}: {name} must be a number, not {describe(value)}")
+    if not low <= value < high:
+        raise ValueError(f"{where}: {name} must be in [{low}, {high}), not {value}")
+
+
 def choice(
     where: str, name: str, value: Any, choices: Sequence[str], or_else: str | None = None
 ) -> None:
@@ -106,6 +122,30 @@ def permutation_fault(index: Tensor) -> str | None:
     return None
 
 
+def index_fault(index: Tensor, count: int) -> str | None:
+    """Which entry of ``index`` is not in 0 .. count - 1, or ``None``."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return None  # tracing, where there are no values
+    while torch._C._functorch.is_functorch_wrapped_tensor(index):
+        # Of a batched tensor the values of all lanes are looked at.
+        index = torch._C._functorch.get_unwrapped(index)
+    if index.is_meta or not index.numel():
+        return None
+    if index.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    # As above: a GPU is waited for once, until the tensor is written to.
+    remembers = index.is_cuda and not index.is_inference()
+    if remembers and getattr(index, "_weightops_below", None) == (index._version, count):
+        return None
+    low, high = index.aminmax()
+    if low.item() < 0 or high.item() >= count:
+        at = ((index < 0) | (index >= count)).nonzero()[0].tolist()
+        return f"{at} is {index[tuple(at)].item()}, outside 0..{count - 1}"
+    if remembers:
+        index._weightops_below = (index._version, count)  # type: ignore[attr-defined]
+    return None
+
+
 def out_buffer(
     where: str, out: Any, shape: Sequence[int], like: Tensor, inputs: Sequence[Tensor]
 ) -> None:
@@ -122,18 +162,26 @@ def out_buffer(
         raise ValueError(
             f"{where}: out= does not record gradients; call without out, or under torch.no_grad()"
         )
-    if torch.compiler.is_compiling() or out.is_meta or out.numel() == 0:
+    writable(where, "out", out, inputs)
+
+
+def writable(where: str, name: str, value: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Each entry of ``value`` must have memory of its own, which no input shares."""
+    if torch.compiler.is_compiling() or value.is_meta or value.numel() == 0:
         return
-    if not out.is_contiguous() and any(n > 1 and not s for n, s in zip(out.shape, out.stride())):
-        raise ValueError(f"{where}: out must not be an expanded tensor (strides {out.stride()})")
-    if out.is_conj() or out.is_neg():
-        raise ValueError(f"{where}: out must not be a conjugate or negative view")
-    begin, end = _extent(out)
-    for value in inputs:
-        if value.numel() and value.device == out.device:
-            first, last = _extent(value)
+    sizes = zip(value.shape, value.stride(), strict=True)
+    if not value.is_contiguous() and any(n > 1 and not s for n, s in sizes):
+        raise ValueError(
+            f"{where}: {name} must not be an expanded tensor (strides {value.stride()})"
+        )
+    if value.is_conj() or value.is_neg():
+        raise ValueError(f"{where}: {name} must not be a conjugate or negative view")
+    begin, end = _extent(value)
+    for other in inputs:
+        if other.numel() and other.device == value.device:
+            first, last = _extent(other)
             if first < end and begin < last:
-                raise ValueError(f"{where}: out shares memory with an input")
+                raise ValueError(f"{where}: {name} shares memory with an input")
 
 
 def _extent(value: Tensor) -> tuple[int, int]:

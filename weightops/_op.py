@@ -209,3 +209,17 @@ def serve(name: str, device_type: str, kernel: Callable, by: str) -> None:
 def moved_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     """``tensor`` with its vmapped axis first; an unbatched one is repeated as a view."""
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _float32_precision() -> str:
+    return torch.get_float32_matmul_precision()
+
+
+# Dynamo does not trace torch's function, and the decorator that says this imports Dynamo, for a second. Dynamo
+# guards on "highest" against the rest; between "high" and "medium" what was compiled stays as it was.
+_float32_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def matmul_precision(dtype: torch.dtype) -> str:
+    """What torch is set to for products of float32, and ``"highest"`` for those of other dtypes."""
+    return _float32_precision() if dtype == torch.float32 else "highest"

@@ -16,6 +16,7 @@ from weightops.testing.checks import (
     check_op,
     check_transform,
 )
+from weightops.testing.manifold import REGIMES, ManifoldConv, ManifoldLinear, Synthesize
 from weightops.testing.problems import (
     PLAN_OPTIONS,
     Assign,
@@ -44,13 +45,17 @@ from weightops.testing.specs import (
 __all__ = [
     "MODES",
     "PLAN_OPTIONS",
+    "REGIMES",
     "TRANSFORMS",
     "WEIGHT_SPACES",
     "Assign",
     "Equivariant",
     "Function",
+    "ManifoldConv",
+    "ManifoldLinear",
     "Networks",
     "PermuteAxes",
+    "Synthesize",
     "assert_equivariant",
     "best_time",
     "check_autocast",
