@@ -625,6 +625,14 @@ def test_meta_tensors_pass_where_all_are_meta() -> None:
     assert merge(flat, [1.0, 2.0], SPEC, perms=meta).shape == (P,)
     assert permute_axes(X.to("meta"), [ONE.to("meta"), None]).is_meta
     assert assign(SCORE.to("meta")).shape == (2, 3)
+    contexts = {"coeffs": COEFFS.to("meta"), "bias": BIAS.to("meta"), "index": INDEX.to("meta")}
+    y = manifold_linear(ITEMS.to("meta"), weight=LINEAR.to("meta"), **contexts)
+    assert y.is_meta
+    assert y.shape == (4, 6)
+    weight = TAPS[2].to("meta")
+    y = manifold_conv2d(IMAGES.to("meta"), weight=weight, groups=2, padding="same", **contexts)
+    assert y.shape == (4, 6, 7, 6)
+    assert synthesize(COEFFS.to("meta"), BASES.to("meta")).shape == (2, 8)
 
 
 def _tensor(shape: list[int], dtype: torch.dtype, device: str, sparse: bool) -> Tensor:
