@@ -63,8 +63,9 @@ struct RowSums : Sums<Kernel> {
   int64_t terms;
   const Sum* shift;  // [context, column], or null
   int64_t shift_stride;
+  const Sum* row_shift;  // [row], or null
   // <products, other's row> is added to dots[row, term], where there are dots.
-  const Source<Sum>* other;
+  Source<Sum> other;
   Sum* dots;
 
   int64_t sums() const { return 1; }
@@ -78,7 +79,7 @@ struct RowSums : Sums<Kernel> {
       const Sum factor = factors ? factors[at * terms + part.term] : Sum(1);
       const Sum *from = tile + m * lanes, *own = nullptr;
       if (dots) {
-        own = other->template row<Arithmetic>(0, row, part.j, part.width, room);
+        own = other.row(0, row, part.j, part.width, room);
         if (!whole) {
           std::fill(std::copy_n(own, part.width, rest), rest + lanes, Sum(0));
           own = rest;
@@ -107,6 +108,7 @@ struct RowSums : Sums<Kernel> {
 #pragma GCC unroll 4
         for (int v = 0; v < lanes; v += step) {
           if (plus) values[v / step] += Arithmetic::load(plus + v);
+          if (row_shift) values[v / step] += row_shift[row];
           this->watch(values[v / step]);
         }
         if (kind == Kind::same && whole) {
@@ -131,6 +133,30 @@ struct RowSums : Sums<Kernel> {
   }
 };
 
+// An image's gradient, of which every tap adds to what it has read.
+template <class Kernel>
+struct ImageSums : Sums<Kernel> {
+  using typename Sums<Kernel>::Sum;
+  using typename Sums<Kernel>::Arithmetic;
+  using Sums<Kernel>::lanes, Sums<Kernel>::step;
+  static constexpr bool joint = true;
+
+  const product::Patches& patches;
+  Sum* image;
+
+  explicit ImageSums(const product::Patches& patches, Sum* image)
+      : patches(patches), image(image) {}
+
+  int64_t sums() const { return 0; }
+
+  WEIGHTOPS_INLINE void take(const Part& part, const Sum* tile, Sum*) {
+    for (int64_t m = 0; m < part.count; ++m) {
+      for (int v = 0; v < lanes; v += step) this->watch(Arithmetic::load(tile + m * lanes + v));
+      patches.add(image, part.i + m, part.j, part.width, tile + m * lanes);
+    }
+  }
+};
+
 // Gradients of the bases: each from a term of its own, or all from every context's gradient.
 template <class Kernel>
 struct BasisSums : Sums<Kernel> {
@@ -144,7 +170,7 @@ struct BasisSums : Sums<Kernel> {
   int64_t stride, basis_stride, bases;
   const Sum* coeffs;  // [term, basis], or null: a term is a basis
   // <products, bases> is added to dots[term, basis], where there are dots.
-  const Source<Sum>* weight;  // its terms are the bases
+  Source<Sum> weight;  // its terms are the bases
   Sum* dots;
 
   int64_t sums() const { return bases; }
@@ -163,7 +189,7 @@ struct BasisSums : Sums<Kernel> {
         Vector dot = {};
         for (int64_t m = 0; m < part.count; ++m) {
           const Sum* own =
-              weight->template row<Arithmetic>(k, part.i + m, part.j, part.width, room);
+              weight.row(k, part.i + m, part.j, part.width, room);
           if (part.width < lanes) {
             std::fill(std::copy_n(own, part.width, rest), rest + lanes, Sum(0));
             own = rest;

@@ -97,7 +97,7 @@ void apply(const Linear<Sum>& problem, const Groups* groups, bool transpose, con
   const Lies lies = transpose ? Lies::across : Lies::along;
   const Source<Sum> left{from, problem.kind, Lies::along, depth},
       others{other, problem.kind, Lies::along, columns};
-  RowsJob<Sum> job{{}, columns, to, problem.kind, columns, nullptr, shift, &others, dots};
+  RowsJob<Sum> job{{}, columns, to, problem.kind, columns, nullptr, shift, others, dots};
   std::vector<int64_t> contexts;
   if (groups) {
     for (int64_t g = 0; g < groups->count(); ++g) {
@@ -118,6 +118,15 @@ void apply(const Linear<Sum>& problem, const Groups* groups, bool transpose, con
 template <class Sum>
 void forward(const Linear<Sum>& problem, const void* x, const Sum* shift, void* y,
              const Team& team) {
+  if (problem.in == 0) {
+    const std::vector<Sum> nothing(problem.out);
+    for (int64_t row = 0; row < problem.rows(); ++row)
+      put(y, problem.kind, row * problem.out,
+          shift ? shift + problem.context_of(row / problem.rows_each) * problem.out
+                : nothing.data(),
+          problem.out);
+    return;
+  }
   const Groups groups = group(problem);
   apply(problem, makes_weights(problem, groups) ? &groups : nullptr, false, x, y, shift,
         static_cast<const void*>(nullptr), static_cast<Sum*>(nullptr), team);
@@ -150,7 +159,7 @@ void backward(const Linear<Sum>& problem, const void* x, const void* grad, void*
     left.order = right.order = groups.order.data();
     left.starts = right.starts = groups.starts.data();
     run(BasesJob<Sum>{{left, right, depths}, problem.out, problem.in, to_weight, problem.kind,
-                      bases, coeffs.data(), &weight, to_coeffs ? dots.data() : nullptr},
+                      bases, coeffs.data(), weight, to_coeffs ? dots.data() : nullptr},
         problem.parts, problem.threads, team);
     if (to_coeffs)
       for (int64_t g = 0; g < groups.count(); ++g)
@@ -176,7 +185,7 @@ void backward(const Linear<Sum>& problem, const void* x, const void* grad, void*
     right.scale = scale.data();
     right.scale_stride = bases;
     run(BasesJob<Sum>{{left, right, std::vector<int64_t>(bases, problem.rows()), true},
-                      problem.out, problem.in, to_weight, problem.kind, bases, nullptr, &weight,
+                      problem.out, problem.in, to_weight, problem.kind, bases, nullptr, weight,
                       nullptr},
         problem.parts, problem.threads, team);
   }

@@ -24,7 +24,7 @@ struct Chunk {
 template <class Kernel>
 struct Workspace {
   Buffer<typename Kernel::Packed> rows, columns;
-  Buffer<typename Kernel::Sum> sums, scratch;
+  Buffer<typename Kernel::Sum> sums, scratch, results;
   std::vector<Chunk> chunks;
   std::vector<Segment<typename Kernel::Packed>> segments;
 };
@@ -108,8 +108,13 @@ WEIGHTOPS_INLINE void multiply(const Product<typename Kernel::Sum>& product, Ran
   using Packed = typename Kernel::Packed;
   constexpr int64_t height = Kernel::rows, width = Kernel::lanes, area = height * width;
   const int64_t blocks = blocks_of<Kernel>(rows.size()), panels = panels_of<Kernel>(columns.size());
-  Sum* scratch = workspace.scratch.get(scratch_size<Kernel>() + area);
+  Sum* scratch = workspace.scratch.get(scratch_size<Kernel>() + 2 * area);
+  // A tile is taken while the next one is multiplied: its sums come late out of the tiles' unit.
   Sum* tile = scratch + scratch_size<Kernel>();
+  Sum* other_tile = tile + area;
+  bool waits = false;
+  Part waiting{};
+  Sum* waiting_sums = nullptr;
   std::vector<Chunk>& chunks = workspace.chunks;
   const int64_t row_size = cut<Kernel>(product, chunks), sum_size = out.sums() * area;
   const auto size_of = [&](const Chunk& chunk) {
@@ -152,8 +157,15 @@ WEIGHTOPS_INLINE void multiply(const Product<typename Kernel::Sum>& product, Ran
           if (chunks[c].packs)
             pack_rows<Kernel>(product.left, chunks[c].term, i, count, chunks[c].begin,
                               chunks[c].length(), block_room + chunks[c].rows_at, scratch);
+      // The next block's packed rows, shared out among this one's tiles.
+      const char* next = reinterpret_cast<const char*>(block + row_size);
+      const int64_t ahead_size = packed_rows && b + 1 < blocks ? row_size * sizeof(Packed) : 0;
+      int64_t depth = 0;
+      for (size_t c = first; c < last; ++c) depth += chunks[c].length();
+      const int64_t ahead_step = (ahead_size / (panels * std::max<int64_t>(1, depth / 32)) / 64 + 1) * 64;
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t j = columns.begin + p * width;
+        int64_t done = 0;
         Part part{0, i, count, j, std::min(width, columns.end - j), false, false, false, false};
         Sum* mine = sums + (at_once ? 0 : b * panels + p) * sum_size;
         const Packed* at = packed;
@@ -163,21 +175,30 @@ WEIGHTOPS_INLINE void multiply(const Product<typename Kernel::Sum>& product, Ran
           part.term = chunks[c].term;
           part.first = c == 0;
           part.opens = chunks[c].begin == 0;
-          for (int64_t chain = 0; c < last && (Out::joint || chunks[c].term == part.term); ++c) {
+          int64_t chain = 0;
+          for (; c < last && (Out::joint || chunks[c].term == part.term); ++c) {
             const int64_t length = chunks[c].length();
+            if (chain + length > kChain && !segments.empty()) break;
             chain += length;
-            if (chain > kChain && !segments.empty()) break;
             segments.push_back({block + chunks[c].rows_at, at + p * Kernel::panel(length), length});
             at += panels * Kernel::panel(length);
           }
           part.last = c == chunks.size();
           part.closes = chunks[c - 1].end == product.depths[part.term];
-          Kernel::multiply(segments.data(), segments.size(), count, tile);
-          out.take(part, tile, mine);
+          const char* from = next + std::min(ahead_size, (p * (depth / 32) + done / 32) * ahead_step);
+          done += chain;
+          Kernel::multiply(segments.data(), segments.size(), count,
+                           Ahead{from, next + ahead_size, ahead_step}, tile);
+          if (waits) out.take(waiting, other_tile, waiting_sums);
+          waits = true;
+          waiting = part;
+          waiting_sums = mine;
+          std::swap(tile, other_tile);
         }
       }
     }
   }
+  if (waits) out.take(waiting, other_tile, waiting_sums);
 }
 
 }  // namespace weightops::product

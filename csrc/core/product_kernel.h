@@ -26,6 +26,19 @@ struct Segment {
   int64_t depth;
 };
 
+// What is fetched meanwhile: the rows that come next. They lie in memory or far caches, and the
+// first products of a block would wait for all of them.
+struct Ahead {
+  const char* at;
+  const char* end;
+  int64_t step;  // bytes for 32 depths
+
+  WEIGHTOPS_INLINE void fetch() {
+    const char* to = at + step < end ? at + step : end;
+    for (; at < to; at += 64) __builtin_prefetch(at, 0, 2);
+  }
+};
+
 template <class T, int Bytes>
 struct MultiplyAdd {
   using Sum = T;
@@ -67,23 +80,24 @@ struct MultiplyAdd {
 
   // tile = sum over segments, of which `count` rows matter.
   static WEIGHTOPS_INLINE void multiply(const Segment<Packed>* segments, int64_t number,
-                                        int64_t count, Sum* tile) {
+                                        int64_t count, Ahead ahead, Sum* tile) {
     if (count > rows / 2)
-      multiply_rows<rows>(segments, number, tile);
+      multiply_rows<rows>(segments, number, ahead, tile);
     else if (count > 2)
-      multiply_rows<rows / 2>(segments, number, tile);
+      multiply_rows<rows / 2>(segments, number, ahead, tile);
     else
-      multiply_rows<2>(segments, number, tile);
+      multiply_rows<2>(segments, number, ahead, tile);
   }
 
  private:
   template <int height>
   static WEIGHTOPS_INLINE void multiply_rows(const Segment<Packed>* segments, int64_t number,
-                                             Sum* tile) {
+                                             Ahead ahead, Sum* tile) {
     Vector sum[height][2] = {};
     for (int64_t s = 0; s < number; ++s) {
       const Packed *block = segments[s].rows, *panel = segments[s].columns;
       for (const Packed* end = block + segments[s].depth; block != end; ++block, panel += lanes) {
+        if ((end - block) % 32 == 0) ahead.fetch();
         const Vector b[2] = {Arithmetic::load(panel), Arithmetic::load(panel + Arithmetic::lanes)};
 #pragma GCC unroll 16
         for (int m = 0; m < height; ++m) {
@@ -180,13 +194,14 @@ struct Bfloat16Tiles {
   }
 
   static WEIGHTOPS_INLINE void multiply(const Segment<Packed>* segments, int64_t number, int64_t,
-                                        Sum* tile) {
+                                        Ahead ahead, Sum* tile) {
     asm volatile("tilezero %%tmm0\n tilezero %%tmm1\n tilezero %%tmm2\n tilezero %%tmm3" ::
                      : "memory");
     for (int64_t s = 0; s < number; ++s) {
       const Packed *a = segments[s].rows, *b = segments[s].columns;
       // Such an order of the products that a new operand is loaded on one side at a time.
       for (const Packed* end = a + block(segments[s].depth); a != end; a += kStep, b += kStep) {
+        ahead.fetch();
         if constexpr (Parts == 3) {
           load_rows(a, 2);
           load_columns(b, 0);
@@ -231,16 +246,18 @@ struct Bfloat16Tiles {
 
   static WEIGHTOPS_INLINE Bits load(const Sum* from) { return Bits(Arithmetic::load(from)); }
 
-  // Takes part p off `rest` and gives it in the upper halves of the lanes. Cut off but for the
-  // last part of one or two, which is rounded. Infinities and NaN have nonsense for further parts:
-  // whatever they meet comes out as no number, too.
+  // Takes part p off `rest` and gives it in the upper halves of the lanes, rounded to nearest: parts
+  // that are left over are half as large as if it were cut off. A last one of three needs no
+  // rounding, and keeps any NaN. Infinities have NaN for further parts: whatever they meet comes out
+  // as no number, too.
   static WEIGHTOPS_INLINE Bits take(Bits& rest, int p) {
-    if (p + 1 == Parts && Parts < 3) {
+    if (p == 2) return rest & 0xffff0000u;
+    if (p + 1 == Parts) {
       const Bits finite = Bits((rest & 0x7f800000u) != 0x7f800000u);
       return (rest + ((0x7fffu + (rest >> 16 & 1)) & finite)) & 0xffff0000u;
     }
-    const Bits part = rest & 0xffff0000u;
-    if (p + 1 < Parts) rest = Bits(Vector(rest) - Vector(part));
+    const Bits part = (rest + 0x8000u) & 0xffff0000u;
+    rest = Bits(Vector(rest) - Vector(part));
     return part;
   }
 
