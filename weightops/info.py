@@ -8,6 +8,7 @@ import platform
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import weightops
 from weightops import _load, _op
@@ -39,6 +40,42 @@ def _backends(name: str) -> dict[str, str]:
         # Solved on the host wherever the scores are.
         cpu = cuda = "C++" if _load.has_kernel(name, "cpu") else "scipy"
     return {"cpu": cpu, "cuda": cuda}
+
+
+def manifold(x: Tensor, coeffs: Tensor, weight: Tensor, *, index: Tensor | None = None) -> str:
+    """Which way :func:`weightops.manifold_linear` takes these arguments on a CPU, and why.
+
+    Args:
+        x, coeffs, weight, index: as for :func:`weightops.manifold_linear`; of x and weight only
+            shapes and dtypes matter.
+    """
+    bases, outputs, inputs = weight.shape
+    rows = x.numel() // max(1, inputs)
+    contexts = len(coeffs) if coeffs.dim() == 2 else 1
+    of_item = torch.arange(contexts) if index is None else index
+    groups = (torch.bincount(of_item, minlength=contexts) * (rows // max(1, len(of_item)))).tolist()
+    host = _load.host()
+    if host is None:
+        return "the reference (plain torch): there is no compiled library"
+    precision = _op.matmul_precision(x.dtype)
+    parts = {torch.bfloat16: 1, torch.float16: 2, torch.float64: 0}.get(
+        x.dtype, {"medium": 1, "high": 2}.get(precision, 3)
+    )
+    regime, parts = host.manifold_regime(rows, bases, parts, [size for size in groups if size])
+    kernel = (
+        f"bfloat16 tiles, {parts * (parts + 1) // 2} products a multiplication"
+        if parts
+        else f"multiply-adds ({host.isa})"
+    )
+    used = sum(size > 0 for size in groups)
+    what = {
+        "few rows": f"all {bases} bases are read once where they lie: {rows} rows are less work than that",
+        "bases": f"one product of {rows} rows and a depth of {bases} x {inputs}, scaled by the "
+        f"coefficients: {used} contexts have too few rows each for weights of their own",
+        "weights": f"{used} products, one a context, whose {outputs} x {inputs} weights are made "
+        f"while they are packed: instead of {bases} multiplications a row and weight, one",
+    }[regime]
+    return f"{regime}: {what}; {'float32 vectors' if regime == 'few rows' else kernel}"
 
 
 def main() -> None:

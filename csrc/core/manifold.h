@@ -133,26 +133,36 @@ struct RowSums : Sums<Kernel> {
   }
 };
 
-// An image's gradient, of which every tap adds to what it has read.
+// Rows that are added to what lies at places[row], columns on from there.
 template <class Kernel>
-struct ImageSums : Sums<Kernel> {
+struct PlaceSums : Sums<Kernel> {
   using typename Sums<Kernel>::Sum;
+  using typename Sums<Kernel>::Vector;
   using typename Sums<Kernel>::Arithmetic;
   using Sums<Kernel>::lanes, Sums<Kernel>::step;
   static constexpr bool joint = true;
 
-  const product::Patches& patches;
-  Sum* image;
-
-  explicit ImageSums(const product::Patches& patches, Sum* image)
-      : patches(patches), image(image) {}
+  Sum* to;
+  const int64_t* places;
 
   int64_t sums() const { return 0; }
 
   WEIGHTOPS_INLINE void take(const Part& part, const Sum* tile, Sum*) {
-    for (int64_t m = 0; m < part.count; ++m) {
-      for (int v = 0; v < lanes; v += step) this->watch(Arithmetic::load(tile + m * lanes + v));
-      patches.add(image, part.i + m, part.j, part.width, tile + m * lanes);
+    for (int64_t m = 0; m < part.count; ++m, tile += lanes) {
+      Sum* own = to + places[part.i + m] + part.j;
+      if (part.width == lanes) {
+#pragma GCC unroll 4
+        for (int v = 0; v < lanes; v += step) {
+          const Vector value = Arithmetic::load(tile + v);
+          this->watch(value);
+          Arithmetic::store(own + v, Arithmetic::load(own + v) + value);
+        }
+      } else {
+        for (int64_t c = 0; c < part.width; ++c) {
+          this->worst[0] += tile[c] - tile[c];
+          own[c] += tile[c];
+        }
+      }
     }
   }
 };

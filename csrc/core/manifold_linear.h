@@ -1,7 +1,8 @@
 // Linear maps on a manifold: which products a call is made of.
 #pragma once
 
-#include "manifold_run.h"
+#include "manifold_few.h"
+#include "manifold_regime.h"
 
 namespace weightops::manifold {
 
@@ -47,19 +48,11 @@ Groups group(const Linear<Sum>& problem) {
   return groups;
 }
 
-// Whether to make each context's weights, and multiply a row by one of them instead of by every
-// basis. Packing a weight costs as much as multiplying it by `pack` rows, adding a basis to it as
-// much as by `blend`; measured.
 template <class Sum>
-bool makes_weights(const Linear<Sum>& problem, const Groups& groups) {
-  const bool tiles = problem.parts > 0;
-  const int64_t pack = !tiles ? 10 : problem.parts == 3 ? 32 : problem.parts == 2 ? 48 : 80;
-  const int64_t blend = tiles ? pack / 4 : 3, height = tiles ? 32 : 14;
-  int64_t made = 0;
-  for (int64_t g = 0; g < groups.count(); ++g)
-    made += (groups.size(g) + height - 1) / height * height + pack + problem.bases * blend;
-  const int64_t rows = (problem.rows() + height - 1) / height * height;
-  return made < problem.bases * (rows + pack);
+Regime regime_of(const Linear<Sum>& problem, const Groups& groups) {
+  std::vector<int64_t> sizes;
+  for (int64_t g = 0; g < groups.count(); ++g) sizes.push_back(groups.size(g));
+  return choose(problem.rows(), problem.bases, problem.parts, sizes);
 }
 
 template <class Sum>
@@ -115,6 +108,26 @@ void apply(const Linear<Sum>& problem, const Groups* groups, bool transpose, con
   run(job, problem.parts, problem.threads, team);
 }
 
+// A tensor's numbers as sums, for so few rows that a copy is nothing.
+template <class Sum>
+std::vector<Sum> widened(const void* from, Kind kind, int64_t count) {
+  std::vector<Sum> found(count);
+  for (int64_t at = 0; at < count; ++at)
+    found[at] = kind == Kind::half       ? Sum(widen(static_cast<const Half*>(from)[at]))
+                : kind == Kind::bfloat16 ? Sum(widen(static_cast<const BFloat16*>(from)[at]))
+                                         : static_cast<const Sum*>(from)[at];
+  return found;
+}
+
+template <class Sum>
+std::vector<Sum> by_row(const Linear<Sum>& problem, const Sum* of_contexts, int64_t width) {
+  std::vector<Sum> found(problem.rows() * width);
+  for (int64_t row = 0; row < problem.rows(); ++row)
+    std::copy_n(of_contexts + problem.context_of(row / problem.rows_each) * width, width,
+                found.data() + row * width);
+  return found;
+}
+
 template <class Sum>
 void forward(const Linear<Sum>& problem, const void* x, const Sum* shift, void* y,
              const Team& team) {
@@ -128,7 +141,21 @@ void forward(const Linear<Sum>& problem, const void* x, const Sum* shift, void* 
     return;
   }
   const Groups groups = group(problem);
-  apply(problem, makes_weights(problem, groups) ? &groups : nullptr, false, x, y, shift,
+  const Regime regime = regime_of(problem, groups);
+  if (regime == Regime::few_rows) {
+    const auto values = widened<Sum>(x, problem.kind, problem.rows() * problem.in),
+               coeffs = by_row(problem, problem.coeffs, problem.bases);
+    std::vector<Sum> plus, result(problem.rows() * problem.out);
+    if (shift) plus = by_row(problem, shift, problem.out);
+    FewJob<Sum> job{problem.rows(), problem.in, problem.out, problem.bases, problem.kind,
+                    weight_of(problem, Lies::along), values.data(), coeffs.data()};
+    job.shift = shift ? plus.data() : nullptr;
+    job.y = result.data();
+    run_few(job, problem.threads, team);
+    put(y, problem.kind, 0, result.data(), problem.rows() * problem.out);
+    return;
+  }
+  apply(problem, regime == Regime::weights ? &groups : nullptr, false, x, y, shift,
         static_cast<const void*>(nullptr), static_cast<Sum*>(nullptr), team);
 }
 
@@ -136,13 +163,35 @@ void forward(const Linear<Sum>& problem, const void* x, const Sum* shift, void* 
 template <class Sum>
 void backward(const Linear<Sum>& problem, const void* x, const void* grad, void* to_x,
               Sum* to_coeffs, void* to_weight, const Team& team) {
-  const Groups groups = group(problem);
-  const bool made = makes_weights(problem, groups);
   const int64_t bases = problem.bases;
   if (to_coeffs) std::fill_n(to_coeffs, problem.contexts * bases, Sum(0));
   std::vector<Sum> dots;
+  const auto add_dots = [&] {
+    for (int64_t row = 0; to_coeffs && row < problem.rows(); ++row)
+      for (int64_t k = 0; k < bases; ++k)
+        to_coeffs[problem.context_of(row / problem.rows_each) * bases + k] +=
+            dots[row * bases + k];
+  };
+  const Groups groups = group(problem);
+  const Regime regime = regime_of(problem, groups);
+  if (regime == Regime::few_rows) {
+    const auto values = widened<Sum>(x, problem.kind, problem.rows() * problem.in),
+               grads = widened<Sum>(grad, problem.kind, problem.rows() * problem.out),
+               coeffs = by_row(problem, problem.coeffs, bases);
+    std::vector<Sum> result(to_x ? problem.rows() * problem.in : 0);
+    dots.resize(problem.rows() * bases);
+    FewJob<Sum> job{problem.rows(), problem.in, problem.out, bases, problem.kind,
+                    weight_of(problem, Lies::along), values.data(), coeffs.data(), grads.data()};
+    job.to_x = to_x ? result.data() : nullptr;
+    job.dots = to_coeffs ? dots.data() : nullptr;
+    job.to_weight = to_weight;
+    run_few(job, problem.threads, team);
+    if (to_x) put(to_x, problem.kind, 0, result.data(), problem.rows() * problem.in);
+    add_dots();
+    return;
+  }
   const Source<Sum> weight = weight_of(problem, Lies::along);
-  if (made) {
+  if (regime == Regime::weights) {
     if (to_x)
       apply(problem, &groups, true, grad, to_x, static_cast<const Sum*>(nullptr), nullptr,
             static_cast<Sum*>(nullptr), team);
@@ -171,10 +220,7 @@ void backward(const Linear<Sum>& problem, const void* x, const void* grad, void*
     if (to_coeffs) dots.resize(problem.rows() * bases);
     apply(problem, nullptr, true, grad, to_x, static_cast<const Sum*>(nullptr), x,
           to_coeffs ? dots.data() : nullptr, team);
-    if (to_coeffs)
-      for (int64_t row = 0; row < problem.rows(); ++row)
-        for (int64_t k = 0; k < bases; ++k)
-          to_coeffs[contexts[row] * bases + k] += dots[row * bases + k];
+    add_dots();
   }
   if (to_weight) {
     std::vector<Sum> scale(problem.rows() * bases);

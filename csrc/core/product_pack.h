@@ -1,8 +1,6 @@
 // Operands of matrix products: where their values come from, and how they are packed.
 #pragma once
 
-#include <utility>
-
 #include "buffer.h"
 #include "number.h"
 #include "product_kernel.h"
@@ -13,80 +11,6 @@ enum class Kind { same, half, bfloat16 };  // as the sums are, or narrower
 
 // How an operand lies: its rows, or columns, follow each other along the depth or across it.
 enum class Lies { along, across };
-
-// Where the taps of a convolution read: depth (channel, tap), column a pixel of the result.
-struct Patches {
-  int64_t height, width, out_height, out_width, tap_height, tap_width;
-  int64_t stride[2], padding[2], dilation[2];
-
-  int64_t taps() const { return tap_height * tap_width; }
-  int64_t pixels() const { return out_height * out_width; }
-
-  // to[0:count] = what the tap of row `i` reads for pixels [j, j + count); nothing is zero.
-  template <class T, class Sum>
-  WEIGHTOPS_INLINE void read(const T* image, int64_t i, int64_t j, int64_t count, Sum* to) const {
-    const int64_t channel = i / taps(), tap = i % taps();
-    const int64_t down = tap / tap_width * dilation[0] - padding[0],
-                  right = tap % tap_width * dilation[1] - padding[1];
-    image += channel * height * width;
-    int64_t y = j / out_width, x = j % out_width;
-    while (count > 0) {
-      const int64_t run = std::min(count, out_width - x), from = y * stride[0] + down;
-      if (from < 0 || from >= height) {
-        std::fill_n(to, run, Sum(0));
-      } else {
-        const T* line = image + from * width;
-        const auto [low, high] = inside(x, run, right);
-        std::fill_n(to, low, Sum(0));
-        if (stride[1] == 1)
-          for (int64_t c = low; c < high; ++c) to[c] = widen(line[x + c + right]);
-        else
-          for (int64_t c = low; c < high; ++c) to[c] = widen(line[(x + c) * stride[1] + right]);
-        std::fill(to + high, to + run, Sum(0));
-      }
-      to += run;
-      count -= run;
-      x = 0;
-      ++y;
-    }
-  }
-
-  // The transpose of read.
-  template <class Sum>
-  WEIGHTOPS_INLINE void add(Sum* image, int64_t i, int64_t j, int64_t count,
-                            const Sum* from) const {
-    const int64_t channel = i / taps(), tap = i % taps();
-    const int64_t down = tap / tap_width * dilation[0] - padding[0],
-                  right = tap % tap_width * dilation[1] - padding[1];
-    image += channel * height * width;
-    int64_t y = j / out_width, x = j % out_width;
-    while (count > 0) {
-      const int64_t run = std::min(count, out_width - x), at = y * stride[0] + down;
-      if (at >= 0 && at < height) {
-        Sum* line = image + at * width;
-        const auto [low, high] = inside(x, run, right);
-        if (stride[1] == 1)
-          for (int64_t c = low; c < high; ++c) line[x + c + right] += from[c];
-        else
-          for (int64_t c = low; c < high; ++c) line[(x + c) * stride[1] + right] += from[c];
-      }
-      from += run;
-      count -= run;
-      x = 0;
-      ++y;
-    }
-  }
-
- private:
-  // Of `run` pixels from x on, those whose tap lies on the line.
-  WEIGHTOPS_INLINE std::pair<int64_t, int64_t> inside(int64_t x, int64_t run,
-                                                      int64_t right) const {
-    const int64_t s = stride[1], first = right < 0 ? (-right + s - 1) / s : 0,
-                  end = width > right ? (width - right + s - 1) / s : 0;
-    const int64_t low = std::clamp<int64_t>(first - x, 0, run);
-    return {low, std::clamp<int64_t>(end - x, low, run)};
-  }
-};
 
 // Values row by row: rows of one tensor for each term; or sums of tensors, made as they are read.
 template <class Sum>
@@ -104,16 +28,13 @@ struct Source {
   // Rows are sum_k coeffs[k] * rows of basis k.
   const Sum* coeffs = nullptr;
   int64_t bases = 1, basis_stride = 0;
-  // `data` is an image, and the rows are what its taps read.
-  const Patches* patches = nullptr;
-
   // Whether terms have rows of their own.
   bool own() const { return term_stride != 0 || scale || starts; }
 
   // `count` values of row i from column j on, where they lie or in `scratch`.
   WEIGHTOPS_INLINE const Sum* row(int term, int64_t i, int64_t j, int64_t count,
                                   Sum* scratch) const {
-    if (kind != Kind::same || coeffs || scale || patches)
+    if (kind != Kind::same || coeffs || scale)
       return reader(*this, term, i, j, count, scratch);
     if (starts) i += starts[term];
     return static_cast<const Sum*>(data) + term * term_stride + (order ? order[i] : i) * stride + j;
@@ -125,7 +46,6 @@ struct Source {
   template <class Arithmetic>
   WEIGHTOPS_INLINE const Sum* made(int term, int64_t i, int64_t j, int64_t count,
                                    Sum* scratch) const {
-    if (patches) return patched(i, j, count, scratch);
     if (starts) i += starts[term];
     const int64_t at = term * term_stride + (order ? order[i] : i) * stride + j;
     if (kind == Kind::half)
@@ -143,16 +63,6 @@ struct Source {
   }
 
  private:
-  WEIGHTOPS_INLINE const Sum* patched(int64_t i, int64_t j, int64_t count, Sum* to) const {
-    if (kind == Kind::half)
-      patches->read(static_cast<const Half*>(data), i, j, count, to);
-    else if (kind == Kind::bfloat16)
-      patches->read(static_cast<const BFloat16*>(data), i, j, count, to);
-    else
-      patches->read(static_cast<const Sum*>(data), i, j, count, to);
-    return to;
-  }
-
   template <class Arithmetic, class T>
   WEIGHTOPS_INLINE const Sum* widened(const T* from, int term, int64_t i, int64_t count,
                                       Sum* scratch) const {

@@ -94,7 +94,7 @@ Convolution<Sum> convolution(const Tensor& x, const Tensor& coeffs,
   STD_TORCH_CHECK(groups > 0 && x.size(1) == groups * weight.size(2) &&
                       weight.size(1) % groups == 0,
                   "manifold: the channels do not fit the groups");
-  manifold::Patches patches{x.size(2),
+  manifold::Planes planes{x.size(2),
                             x.size(3),
                             0,
                             0,
@@ -104,15 +104,15 @@ Convolution<Sum> convolution(const Tensor& x, const Tensor& coeffs,
                             {geometry[2], geometry[3]},
                             {geometry[4], geometry[5]}};
   const auto size = [&](int64_t length, int64_t taps, int d) {
-    return (length + 2 * patches.padding[d] - patches.dilation[d] * (taps - 1) - 1) /
-               patches.stride[d] +
+    return (length + 2 * planes.padding[d] - planes.dilation[d] * (taps - 1) - 1) /
+               planes.stride[d] +
            1;
   };
-  patches.out_height = size(patches.height, patches.tap_height, 0);
-  patches.out_width = size(patches.width, patches.tap_width, 1);
-  STD_TORCH_CHECK(patches.out_height > 0 && patches.out_width > 0,
+  planes.out_height = size(planes.height, planes.tap_height, 0);
+  planes.out_width = size(planes.width, planes.tap_width, 1);
+  STD_TORCH_CHECK(planes.out_height > 0 && planes.out_width > 0,
                   "manifold: the taps are larger than the images");
-  return {patches,
+  return {planes,
           x.size(0),
           groups,
           weight.size(2),
@@ -132,10 +132,6 @@ std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
   return torch::stable::contiguous(*tensor);
 }
 
-void clear(Tensor& tensor) {
-  std::memset(tensor.mutable_data_ptr(), 0, tensor.numel() * tensor.element_size());
-}
-
 template <class Sum>
 Tensor forward(const Tensor& x, const Tensor& coeffs, const std::optional<Tensor>& index,
                const Tensor& weight, const std::optional<Tensor>& shift,
@@ -152,8 +148,8 @@ Tensor forward(const Tensor& x, const Tensor& coeffs, const std::optional<Tensor
   }
   const auto problem = convolution<Sum>(x, coeffs, index, weight, geometry, precision);
   return run(problem, torch::stable::new_empty(
-                          x, {x.size(0), problem.groups * problem.out, problem.patches.out_height,
-                              problem.patches.out_width}));
+                          x, {x.size(0), problem.groups * problem.out, problem.planes.out_height,
+                              problem.planes.out_width}));
 }
 
 Tensor manifold_contract(const Tensor& x, const Tensor& coeffs, const std::optional<Tensor>& index,

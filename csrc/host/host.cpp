@@ -12,6 +12,7 @@
 
 #include "../core/assign.h"
 #include "../core/isa.h"
+#include "../core/manifold_regime.h"
 
 namespace py = pybind11;
 
@@ -73,4 +74,11 @@ PYBIND11_MODULE(_host, m, py::mod_gil_not_used()) {
   m.def("assign", &assign<double>, doc, py::arg("score").noconvert(), py::arg("maximize"),
         py::arg("duals"), py::arg("threads"));
   m.attr("isa") = weightops::isa_name();
+  m.def(
+      "manifold_regime",
+      [](int64_t rows, int64_t bases, int parts, const std::vector<int64_t>& groups) {
+        using namespace weightops::manifold;
+        return py::make_tuple(name_of(choose(rows, bases, parts, groups)), parts_available(parts));
+      },
+      py::arg("rows"), py::arg("bases"), py::arg("parts"), py::arg("groups"));
 }
