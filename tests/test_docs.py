@@ -9,11 +9,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_the_ten_lines_run() -> None:
-    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+@pytest.mark.parametrize("name", ["README.md", "docs/ops.md", "docs/manifolds.md"])
+def test_the_ten_lines_run(name: str) -> None:
+    code = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
     assert code
     for block in code:
-        exec(compile(block, "README.md", "exec"), {})
+        exec(compile(block, name, "exec"), {})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -55,6 +55,22 @@ def flag(where: str, name: str, value: Any) -> None:
         raise TypeError(f"{where}: {name} must be True or False, not {describe(value)}")
 
 
+def count(where: str, name: str, value: Any, least: int = 1) -> None:
+    """``value`` must be an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{where}: {name} must be an integer, not {describe(value)}")
+    if value < least:
+        raise ValueError(f"{where}: {name} must be at least {least}, not {value}")
+
+
+def number(where: str, name: str, value: Any, low: float, high: float) -> None:
+    """``value`` must be a number with ``low <= value < high``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{where}: {name} must be a number, not {describe(value)}")
+    if not low <= value < high:
+        raise ValueError(f"{where}: {name} must be in [{low}, {high}), not {value}")
+
+
 def choice(
     where: str, name: str, value: Any, choices: Sequence[str], or_else: str | None = None
 ) -> None:

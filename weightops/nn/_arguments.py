@@ -14,26 +14,12 @@ from weightops.ops.equivariant import EquivariantPlan
 from weightops.ops.equivariant.plan import Selection
 from weightops.spec import WeightSpec
 
+count, number = _check.count, _check.number
+
 
 def is_spec(where: str, name: str, value: Any) -> None:
     if not isinstance(value, WeightSpec):
         raise TypeError(f"{where}: {name} must be a WeightSpec, not {_check.describe(value)}")
-
-
-def count(where: str, name: str, value: Any) -> None:
-    """``value`` must be an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{where}: {name} must be an integer, not {_check.describe(value)}")
-    if value < 1:
-        raise ValueError(f"{where}: {name} must be at least 1, not {value}")
-
-
-def number(where: str, name: str, value: Any, low: float, high: float) -> None:
-    """``value`` must be a number with ``low <= value < high``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{where}: {name} must be a number, not {_check.describe(value)}")
-    if not low <= value < high:
-        raise ValueError(f"{where}: {name} must be in [{low}, {high}), not {value}")
 
 
 def features(where: str, x: Any, spec: WeightSpec, channels: int | None = None) -> None:
