@@ -11,7 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from weightops import WeightSpec, assign, merge, permute, permute_axes, testing
+from weightops import (
+    WeightSpec,
+    assign,
+    manifold_conv1d,
+    manifold_conv2d,
+    manifold_linear,
+    merge,
+    permute,
+    permute_axes,
+    synthesize,
+    synthesize_update_,
+    testing,
+)
 
 SPEC = WeightSpec(
     {"w1": ("h", None), "b": ("h",), "w2": (("k", None), "h")},
@@ -25,6 +37,13 @@ X = torch.randn(2, 3, 4)
 AXES = [torch.tensor([2, 0, 1]), None]
 SCORE = torch.randn(2, 3, 4)
 STATE = {name: tensor[0] for name, tensor in SPEC.unflatten(FLAT).items()}
+
+
+ITEMS, COEFFS, INDEX = torch.randn(4, 3), torch.randn(2, 5), torch.tensor([1, 0, 1, 1])
+LINEAR, BIAS = torch.randn(5, 6, 3), torch.randn(5, 6)
+SEQUENCES, IMAGES = torch.randn(4, 4, 7), torch.randn(4, 4, 7, 6)
+TAPS = {1: torch.randn(5, 6, 2, 3), 2: torch.randn(5, 6, 2, 3, 2)}
+BASES, GRADS = torch.randn(5, 8), torch.randn(2, 8)
 
 
 def module(**changes: Tensor) -> nn.Module:
@@ -66,6 +85,28 @@ VALID: dict[str, tuple[Callable, dict[str, Any]]] = {
     "assign": (
         assign,
         {"score": SCORE, "maximize": True, "duals": torch.zeros(2, 4), "return_duals": True},
+    ),
+    "manifold_linear": (
+        manifold_linear,
+        {"x": ITEMS, "coeffs": COEFFS, "weight": LINEAR, "bias": BIAS, "index": INDEX},
+    ),
+    **{
+        f"manifold_conv{axes}d": (
+            convolution,
+            {
+                **{"x": x, "coeffs": COEFFS, "weight": TAPS[axes], "bias": BIAS, "index": INDEX},
+                **{"stride": 1, "padding": 1, "dilation": 1, "groups": 2},
+            },
+        )
+        for axes, convolution, x in ((1, manifold_conv1d, SEQUENCES), (2, manifold_conv2d, IMAGES))
+    },
+    "synthesize": (synthesize, {"coeffs": COEFFS, "bases": BASES, "out": None}),
+    "synthesize_update_": (
+        synthesize_update_,
+        {
+            **{"bases": BASES.clone(), "grad": GRADS, "coeffs": COEFFS},
+            **{"lr": 0.1, "inverse_gram": torch.eye(5)},
+        },
     ),
 }
 
@@ -153,6 +194,165 @@ def bad_out(shape: list[int]) -> list[tuple[Any, type, str]]:
 
 def bad_count(value: Any) -> tuple[Any, type, str]:
     return (value, TYPE, "n must be an integer, not " + type(value).__name__)
+
+
+def not_this(name: str, shape: str, valid: Tensor, other: str, tail: str = "") -> list:
+    """What is no dense tensor of the dtype and device of ``other``, which is float32."""
+    text = re.escape(shape) + tail
+    return [
+        ([1.0], TYPE, rf"{name} must be a tensor {text}, not list"),
+        (valid.numpy(), TYPE, rf"{name} must be a tensor {text}, not ndarray"),
+        (valid.to_sparse(), TYPE, f"{name} must be a dense tensor, not torch.sparse_coo"),
+        (valid.to("meta"), VALUE, f"{name} is on meta, but {other} is on cpu"),
+    ]
+
+
+FLOATS = "must be float16, bfloat16, float32 or float64, not"
+LIKE_X = "must be torch.float32 as x, not"
+
+
+def bad_contexts(x: Tensor, weight: Tensor, x_shape: str, weight_shape: str) -> dict:
+    """What the layers on manifolds refuse alike."""
+    shape, given = re.escape(str(list(x.shape))), re.escape(str(list(weight.shape)))
+    return {
+        "x": [
+            *not_this("x", x_shape, x, "x")[:3],
+            (x.to("meta"), VALUE, "coeffs is on cpu, but x is on meta"),
+            (x.long(), TYPE, f"x {FLOATS} torch.int64"),
+            (x.cfloat(), TYPE, f"x {FLOATS} torch.complex64"),
+            (x.double(), TYPE, "weight is torch.float32, but x is torch.float64"),
+            (x.half(), TYPE, "weight is torch.float32, but x is torch.float16"),
+            (torch.tensor(1.0), VALUE, r"x must have shape \[.*\], not \[\]"),
+            (x[:3], VALUE, r"index has length 4, but x has shape \[3, "),
+        ],
+        "coeffs": [
+            *not_this("coeffs", "[B, K], [G, K] or [K]", COEFFS, "x"),
+            (COEFFS.double(), TYPE, f"coeffs {LIKE_X} torch.float64"),
+            (COEFFS.half(), TYPE, f"coeffs {LIKE_X} torch.float16"),
+            (COEFFS.long(), TYPE, f"coeffs {LIKE_X} torch.int64"),
+            (COEFFS[0], VALUE, r"index needs coeffs \[G, K\], not \[5\]"),
+            (COEFFS[None], VALUE, r"coeffs must have shape .* not \[1, 2, 5\]"),
+            (torch.tensor(1.0), VALUE, r"coeffs must have shape .* not \[\]"),
+            (
+                COEFFS[:, :4],
+                VALUE,
+                rf"coeffs has 4 coefficients \(shape \[2, 4\]\), but weight has 5 bases \(shape {given}",
+            ),
+            (COEFFS[:1], VALUE, r"index\[0\] is 1, outside 0..0"),
+            (COEFFS[:0], VALUE, r"coeffs has no context \(shape \[0, 5\]\)"),
+        ],
+        "weight": [
+            *not_this("weight", weight_shape, weight, "x"),
+            (weight.double(), TYPE, "weight is torch.float64, but x is torch.float32"),
+            (weight[0], VALUE, rf"weight must have shape {re.escape(weight_shape)}, not"),
+            (weight[None], VALUE, rf"weight must have shape {re.escape(weight_shape)}, not"),
+            (weight[:4], VALUE, "coeffs has 5 coefficients .* but weight has 4 bases"),
+            (weight[:0], VALUE, r"weight has no basis \(shape \[0, "),
+            (weight[:, :4], VALUE, r"bias must have shape \[5, 4\], not \[5, 6\]"),
+        ],
+        "bias": [
+            *not_this("bias", "[K, out] or None", BIAS, "x"),
+            (BIAS.double(), TYPE, "bias is torch.float64, but x is torch.float32"),
+            (BIAS[0], VALUE, r"bias must have shape \[5, 6\], not \[6\]"),
+            (BIAS.mT, VALUE, r"bias must have shape \[5, 6\], not \[6, 5\]"),
+            (BIAS[:, :1], VALUE, r"bias must have shape \[5, 6\], not \[5, 1\]"),
+        ],
+        "index": [
+            *not_this("index", "[B]", INDEX, "x"),
+            (INDEX.float(), TYPE, "index must be int64 or int32, not torch.float32"),
+            (INDEX > 0, TYPE, "index must be int64 or int32, not torch.bool"),
+            (INDEX[None], VALUE, r"index must have shape \[B\], not \[1, 4\]"),
+            (INDEX[:3], VALUE, rf"index has length 3, but x has shape {shape}"),
+            (INDEX + 1, VALUE, r"index\[0\] is 2, outside 0..1"),
+            (INDEX.int() - 1, VALUE, r"index\[1\] is -1, outside 0..1"),
+            (INDEX * 2**40, VALUE, rf"index\[0\] is {2**40}, outside 0..1"),
+            (None, VALUE, rf"coeffs \[2, 5\] must have a context for each .* of x {shape}"),
+        ],
+    }
+
+
+def bad_geometry(name: str, axes: int, least: int, more: str = "") -> list:
+    return [
+        (1.5, TYPE, f"{name} must be an integer{more}, not float 1.5"),
+        (None, TYPE, f"{name} must be an integer{more}, not NoneType"),
+        (True, TYPE, f"{name} must be an integer{more}, not bool True"),
+        ((1,) * (axes + 1), TYPE, f"{name} must be an integer{more}, not tuple"),
+        ((1,) * (axes - 1) + ("1",), TYPE, f"{name} must be an integer{more}, not str '1'"),
+        (least - 1, VALUE, f"{name} must be at least {least}, not {least - 1}"),
+        ([least - 1] * axes, VALUE, f"{name} must be at least {least}, not {least - 1}"),
+    ]
+
+
+def bad_convolution(axes: int) -> dict:
+    x, weight = (SEQUENCES if axes == 1 else IMAGES), TAPS[axes]
+    x_shape = "[B, C, L]" if axes == 1 else "[B, C, H, W]"
+    weight_shape = "[K, out, C / groups, k]" if axes == 1 else "[K, out, C / groups, kh, kw]"
+    bad = bad_contexts(x, weight, x_shape, weight_shape)
+    bad["x"] += [
+        (x[0], VALUE, rf"x must have shape {re.escape(x_shape)}, not \[4, "),
+        (x[:, :3], VALUE, "x has 3 channels .* but weight has 2 in each of 2 groups"),
+        (x[:, :0], VALUE, "x has 0 channels .* but weight has 2 in each of 2 groups"),
+        (x[..., :0], VALUE, r"x must have pixels, not shape \["),
+    ]
+    bad["weight"] += [
+        (weight[:, :, :1], VALUE, "x has 4 channels .* but weight has 1 in each of 2 groups"),
+        (weight[..., :0], VALUE, r"weight must have outputs, channels and taps, not shape \["),
+        (weight.repeat_interleave(5, -1), VALUE, "weight's kernel .* is larger than x's"),
+    ]
+    bad["stride"] = bad_geometry("stride", axes, 1, "( or . of them)?")
+    bad["dilation"] = [
+        *bad_geometry("dilation", axes, 1, "( or . of them)?"),
+        (9, VALUE, "weight's kernel .* with dilation .*9.* is larger than x's"),
+    ]
+    bad["padding"] = [
+        *bad_geometry("padding", axes, 0, "( or . of them)?"),
+        ("full", VALUE, "padding must be one of 'same', 'valid' or an integer for each axis"),
+    ]
+    bad["groups"] = [
+        *bad_geometry("groups", axes, 1)[:3],
+        (0, VALUE, "groups must be at least 1, not 0"),
+        ((2,), TYPE, "groups must be an integer, not tuple"),
+        (4, VALUE, "groups 4 must divide the 6 outputs of weight"),
+        (3, VALUE, "x has 4 channels .* but weight has 2 in each of 3 groups"),
+    ]
+    return bad
+
+
+BAD_LINEAR = bad_contexts(ITEMS, LINEAR, "[..., in]", "[K, out, in]")
+BAD_LINEAR["x"] += [
+    (
+        ITEMS[:, :2],
+        VALUE,
+        r"x has 2 inputs \(shape \[4, 2\]\), but weight has 3 \(shape \[5, 6, 3\]",
+    ),
+    (ITEMS[0], VALUE, r"index has length 4, but x has shape \[3\]"),
+]
+BAD_LINEAR["weight"] += [
+    (LINEAR.mT[:, :, :3].mT, VALUE, r"bias must have shape \[5, 3\], not \[5, 6\]"),
+    (
+        LINEAR[:, :, :2],
+        VALUE,
+        r"x has 3 inputs \(shape \[4, 3\]\), but weight has 2 \(shape \[5, 6, 2\]",
+    ),
+]
+BAD_COEFFS = [
+    *not_this("coeffs", "[G, K] or [K]", COEFFS, "bases"),
+    (COEFFS.double(), TYPE, "coeffs must be torch.float32 as bases, not torch.float64"),
+    (COEFFS[:, :4], VALUE, "coeffs has 4 coefficients .* but bases has 5 bases"),
+    (COEFFS[None], VALUE, r"coeffs must have shape .* not \[1, 2, 5\]"),
+    (torch.tensor(1.0), VALUE, r"coeffs must have shape .* not \[\]"),
+]
+BAD_BASES = [
+    *not_this("bases", "[K, P]", BASES, "")[:3],
+    (BASES.to("meta"), VALUE, "coeffs is on cpu, but bases is on meta"),
+    (BASES.long(), TYPE, f"bases {FLOATS} torch.int64"),
+    (BASES.double(), TYPE, "coeffs must be torch.float64 as bases, not torch.float32"),
+    (BASES[0], VALUE, r"bases must have shape \[K, P\], not \[8\]"),
+    (BASES[None], VALUE, r"bases must have shape \[K, P\], not \[1, 5, 8\]"),
+    (BASES[:0], VALUE, r"bases has no basis \(shape \[0, 8\]\)"),
+    (BASES[:4], VALUE, "coeffs has 5 coefficients .* but bases has 4 bases"),
+]
+NO_NUMBERS = [None, "0.1", True, 1j, [0.1], torch.ones(1), torch.tensor(1), torch.tensor(True)]
 
 
 nan = SCORE.clone()
@@ -345,6 +545,45 @@ SWEEP: dict[tuple[str, str], list[tuple[Any, type, str]]] = {
         (torch.zeros(2, 4, device="meta"), VALUE, "duals is on meta, but score is on cpu"),
         (np.array([["a"] * 4] * 2), TYPE, r"duals must be a tensor \[2, 4\], not ndarray"),
     ],
+    **{("manifold_linear", name): rows for name, rows in BAD_LINEAR.items()},
+    **{
+        (f"manifold_conv{axes}d", name): rows
+        for axes in (1, 2)
+        for name, rows in bad_convolution(axes).items()
+    },
+    ("synthesize", "coeffs"): BAD_COEFFS,
+    ("synthesize", "bases"): BAD_BASES,
+    ("synthesize", "out"): bad_out([2, 8]),
+    ("synthesize_update_", "bases"): [
+        *BAD_BASES,
+        (GRADS, VALUE, r"coeffs has 5 coefficients .* but bases has 2 bases"),
+        (BASES[:, :7], VALUE, r"grad must have shape \[2, 7\], not \[2, 8\]"),
+        (BASES.clone().requires_grad_(), VALUE, "records no gradients; call it under"),
+        (BASES[:, :1].expand(5, 8), VALUE, "bases must not be an expanded tensor"),
+    ],
+    ("synthesize_update_", "coeffs"): [
+        *BAD_COEFFS,
+        (COEFFS[0], VALUE, r"grad must have shape \[8\], not \[2, 8\]"),
+        (COEFFS[:1], VALUE, r"grad must have shape \[1, 8\], not \[2, 8\]"),
+    ],
+    ("synthesize_update_", "grad"): [
+        *not_this("grad", "[2, 8]", GRADS, "bases"),
+        (GRADS.double(), TYPE, "grad is torch.float64, but bases is torch.float32"),
+        (GRADS[0], VALUE, r"grad must have shape \[2, 8\], not \[8\]"),
+        (GRADS[:, 1:], VALUE, r"grad must have shape \[2, 8\], not \[2, 7\]"),
+        (GRADS.clone().requires_grad_(), VALUE, "records no gradients; call it under"),
+    ],
+    ("synthesize_update_", "lr"): [
+        *((lr, TYPE, "lr must be a number or a tensor of one, not") for lr in NO_NUMBERS),
+        (torch.tensor(0.1, device="meta"), VALUE, "lr is on meta, but bases is on cpu"),
+        (torch.tensor(0.1).to_sparse(), TYPE, "lr must be a dense tensor"),
+    ],
+    ("synthesize_update_", "inverse_gram"): [
+        *not_this("inverse_gram", "[5, 5] or None", torch.eye(5), "bases"),
+        (torch.eye(5).double(), TYPE, "inverse_gram must be torch.float32 .* not torch.float64"),
+        (torch.eye(4), VALUE, r"inverse_gram must have shape \[5, 5\], not \[4, 4\]"),
+        (torch.ones(5), VALUE, r"inverse_gram must have shape \[5, 5\], not \[5\]"),
+    ],
 }
 
 CASES = [
@@ -386,6 +625,14 @@ def test_meta_tensors_pass_where_all_are_meta() -> None:
     assert merge(flat, [1.0, 2.0], SPEC, perms=meta).shape == (P,)
     assert permute_axes(X.to("meta"), [ONE.to("meta"), None]).is_meta
     assert assign(SCORE.to("meta")).shape == (2, 3)
+    contexts = {"coeffs": COEFFS.to("meta"), "bias": BIAS.to("meta"), "index": INDEX.to("meta")}
+    y = manifold_linear(ITEMS.to("meta"), weight=LINEAR.to("meta"), **contexts)
+    assert y.is_meta
+    assert y.shape == (4, 6)
+    weight = TAPS[2].to("meta")
+    y = manifold_conv2d(IMAGES.to("meta"), weight=weight, groups=2, padding="same", **contexts)
+    assert y.shape == (4, 6, 7, 6)
+    assert synthesize(COEFFS.to("meta"), BASES.to("meta")).shape == (2, 8)
 
 
 def _tensor(shape: list[int], dtype: torch.dtype, device: str, sparse: bool) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import weightops
 from weightops import testing
@@ -515,6 +516,15 @@ def test_autocast_leaves_float32_alone() -> None:
 
     testing.check_autocast(layer, FEATURES.float())
     testing.check_autocast(lambda x: weightops.merge(x, WEIGHTS.float(), SPEC), FLAT.float())
+    manifold = [v.float() for v in (COEFFS, LINEAR, LINEAR_BIAS)]
+    testing.check_autocast(lambda x: weightops.manifold_linear(x, *manifold), SAMPLES.float())
+    testing.check_autocast(
+        lambda x: weightops.manifold_conv2d(x, COEFFS.float(), KERNELS.float(), **CONVOLUTION),
+        IMAGES.float(),
+    )
+    testing.check_autocast(
+        lambda b: weightops.synthesize(COEFFS.float(), b), LINEAR[0].mT[:3].float()
+    )
     batched = torch.func.vmap(layer)
     compiled = torch.compile(batched, backend="aot_eager", fullgraph=True)
     x = torch.stack([FEATURES, 2 * FEATURES]).float()
@@ -542,6 +552,30 @@ def test_opcheck_of_equivariant_ops(batch: int, groups: int, requires_grad: bool
     testing.check_op(equivariant_op._stack, x, [theta], [], code, False)
     testing.check_op(equivariant_op._backward, x, theta, y, code, True)
     testing.check_op(equivariant_op._backward, x, theta, y, code, False)
+
+
+def test_a_backward_pass_under_autocast_keeps_float32() -> None:
+    def gradients(autocast: bool) -> list[Tensor]:
+        at = [v.float().requires_grad_() for v in (SAMPLES, COEFFS, LINEAR, LINEAR_BIAS)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            weightops.manifold_linear(*at).sum().backward()
+        return [v.grad for v in at if v.grad is not None]
+
+    for given, expected in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(given, expected, rtol=0, atol=0)
+
+
+def test_tracing_without_dynamo_looks_at_no_values() -> None:
+    x, index = SAMPLES[:, 0], torch.tensor([1, 0])
+
+    def layer(x: Tensor) -> Tensor:
+        return weightops.manifold_linear(x, COEFFS, LINEAR, LINEAR_BIAS, index=index)
+
+    torch.testing.assert_close(make_fx(layer)(x)(x), layer(x))
+    with pytest.raises(ValueError, match=r"index\[1, 0\] is 2, outside 0..1"):
+        torch.func.vmap(lambda i: weightops.manifold_linear(x[:1], COEFFS, LINEAR, index=i[None]))(
+            torch.tensor([1, 2])
+        )
 
 
 def test_vmap_over_permutations() -> None:

@@ -124,10 +124,14 @@ def permutation_fault(index: Tensor) -> str | None:
 
 def index_fault(index: Tensor, count: int) -> str | None:
     """Which entry of ``index`` is not in 0 .. count - 1, or ``None``."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return None  # tracing, where there are no values
     while torch._C._functorch.is_functorch_wrapped_tensor(index):
         # Of a batched tensor the values of all lanes are looked at.
         index = torch._C._functorch.get_unwrapped(index)
     if index.is_meta or not index.numel():
+        return None
+    if index.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     # As above: a GPU is waited for once, until the tensor is written to.
     remembers = index.is_cuda and not index.is_inference()

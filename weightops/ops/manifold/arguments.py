@@ -99,12 +99,10 @@ def _index(where: str, index: Any, x: Tensor, coeffs: Tensor) -> Tensor:
             f"{where}: index has length {index.shape[0]}, but x has shape {list(x.shape)}: "
             "it must have an entry for each of the first axis"
         )
-    if not torch.compiler.is_compiling() and not (
-        index.is_cuda and torch.cuda.is_current_stream_capturing()
-    ):
-        fault = _check.index_fault(index, coeffs.shape[0])
-        if fault:
-            raise ValueError(f"{where}: index{fault} (the contexts of coeffs)")
+    if coeffs.shape[0] == 0 and index.shape[0] > 0:
+        raise ValueError(f"{where}: coeffs has no context (shape {list(coeffs.shape)})")
+    if fault := _check.index_fault(index, coeffs.shape[0]):
+        raise ValueError(f"{where}: index{fault}")
     return index.long()
 
 
@@ -154,6 +152,8 @@ def geometry(
         raise ValueError(
             f"{where}: weight must have outputs, channels and taps, not shape {list(weight.shape)}"
         )
+    if 0 in pixels:
+        raise ValueError(f"{where}: x must have pixels, not shape {list(x.shape)}")
     reach = [d * (k - 1) for d, k in zip(dilations, kernel)]
     beyond: list[int] = []
     if isinstance(padding, str):
@@ -233,6 +233,7 @@ def update(
     if grad.dtype != at.dtype:
         raise TypeError(f"{where}: grad is {grad.dtype}, but bases is {at.dtype}")
     _check.same_device(where, "grad", grad, "bases", at)
+    size = _size(where, lr, at)
     step = rows
     if inverse_gram is not None:
         k = at.shape[0]
@@ -253,7 +254,7 @@ def update(
     if torch.is_grad_enabled() and any(v.requires_grad for v in (at, *held)):
         raise ValueError(f"{where}: records no gradients; call it under torch.no_grad()")
     _check.writable(where, "bases", at, held)
-    return rows, step * _size(where, lr, at)
+    return rows, step * size
 
 
 def _size(where: str, lr: Any, at: Tensor) -> Any:
