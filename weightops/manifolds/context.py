@@ -21,8 +21,8 @@ class Place:
         self, where: str, context: Tensor | None, coeffs: Tensor | None, index: Tensor | None
     ) -> None:
         if (context is None) == (coeffs is None):
-            given = "neither" if context is None else "both"
-            raise ValueError(f"{where}: takes a context or coeffs, but {given} is given")
+            given = "neither is" if context is None else "both are"
+            raise ValueError(f"{where}: takes a context or coeffs, but {given} given")
         name, value = ("context", context) if coeffs is None else ("coeffs", coeffs)
         _check.tensor(where, name, value, "[...]")
         self.context, self.coeffs, self.index = context, coeffs, index

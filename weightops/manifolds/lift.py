@@ -134,9 +134,10 @@ def lift(
     wanted = None if only is None else _matched("only", model, only)
 
     table = _table()
+    whole: tuple[Any, ...] = (*table, *_WHY_NOT)
     chosen: dict[str, nn.Module] = {}
     ordinary: dict[str, str] = {}
-    for name, module in _outermost(model):
+    for name, module in _outermost(model, whole):
         if id(module) in skipped or not (wanted is None or id(module) in wanted):
             continue
         own = [key for key, p in module._parameters.items() if p is not None]
@@ -149,7 +150,7 @@ def lift(
         why = _why_not(module, table)
         if why is None:
             chosen[name] = module
-        elif next(module.children(), None) is None or isinstance(module, tuple(_WHY_NOT)):
+        elif isinstance(module, whole) or next(module.children(), None) is None:
             ordinary[_named(name)] = f"{type(module).__name__} {why}"
         else:
             paths = [f"{name}.{key}".lstrip(".") for key in own]
@@ -218,13 +219,13 @@ def _named(name: str) -> str:
     return name or "the model itself"
 
 
-def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Each module once, but not what attention is made of."""
+def _outermost(model: nn.Module, whole: tuple[Any, ...]) -> Iterator[tuple[str, nn.Module]]:
+    """Each module once, but not what those of types ``whole`` are made of, as attention is of layers."""
     inner: set[int] = set()
     for name, module in model.named_modules():
         if id(module) not in inner:
             yield name, module
-        if isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, whole):
             inner |= {id(part) for part in module.modules()}
 
 

@@ -8,8 +8,9 @@ arXiv 2505.22994).
 from weightops.nn.encoding import Featurize, PositionalEncoding
 from weightops.nn.equivariant import EquivariantLinear
 from weightops.nn.functional import UNF
-from weightops.nn.manifold import ManifoldEmbedding, ManifoldLinear
+from weightops.nn.manifold import ManifoldLinear
 from weightops.nn.manifold_conv import ManifoldConv1d, ManifoldConv2d
+from weightops.nn.manifold_embedding import ManifoldEmbedding
 from weightops.nn.manifold_norm import ManifoldNorm
 from weightops.nn.norm import EquivariantDropout, EquivariantNorm
 from weightops.nn.pool import InvariantPool

@@ -10,7 +10,6 @@ from math import sqrt
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weightops import _check
@@ -101,10 +100,8 @@ class ManifoldLayer(nn.Module):
             _check.index_dtype(where, "index", index)
             if coeffs.dim() == 1:
                 raise ValueError(f"{where}: index needs coeffs [G, {k}], not [{k}]")
-            if not torch.compiler.is_compiling():
-                fault = _check.index_fault(index, coeffs.shape[0])
-                if fault:
-                    raise ValueError(f"{where}: index{fault} (the contexts of coeffs)")
+            if fault := _check.index_fault(index, coeffs.shape[0]):
+                raise ValueError(f"{where}: index{fault}")
             coeffs = coeffs[index.long()]
         if coeffs.dim() == 2 and (x.dim() == 0 or coeffs.shape[0] != x.shape[0]):
             raise ValueError(
@@ -150,16 +147,18 @@ class ManifoldLayer(nn.Module):
         return f"manifold={self.num_bases if self.manifold is None else self.manifold}"
 
 
-def _autocast(*tensors: Tensor | None) -> list[Any]:
-    """Under autocast what torch would cast of an ordinary layer; the ops themselves are left alone by it."""
-    device = tensors[0].device.type  # type: ignore[union-attr]
+def _autocast(x: Any, weight: Tensor, bias: Tensor | None) -> tuple[Any, Tensor, Tensor | None]:
+    """Cast under autocast as torch casts for an ordinary layer; the ops themselves are left alone by it."""
+    device = weight.device.type
     if not torch.is_autocast_enabled(device):
-        return list(tensors)
+        return x, weight, bias
     dtype = torch.get_autocast_dtype(device)
-    return [
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
-    ]
+
+    def cast(t: Any) -> Any:
+        eligible = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        return t.to(dtype) if eligible else t
+
+    return cast(x), cast(weight), cast(bias)
 
 
 class ManifoldLinear(ManifoldLayer):
@@ -249,96 +248,3 @@ class ManifoldLinear(ManifoldLayer):
             f"{self.in_features}, {self.out_features}, {super().extra_repr()}, "
             f"bias={self.bias is not None}"
         )
-
-
-class ManifoldEmbedding(ManifoldLayer):
-    """An embedding whose rows follow the context: those of its K tables, mixed for each entry of a batch.
-
-    Args:
-        num_embeddings, embedding_dim: size of a table.
-        manifold: topology of the weights, or a number of bases K whose mixture each context is.
-        padding_idx: row that is zero at first and stays as it is, in every table.
-        spread: of the initial weights' standard deviation, which part comes from the context.
-        device, dtype: of the parameters.
-
-    Attributes:
-        weight: the tables ``[K, num_embeddings, embedding_dim]``.
-
-    Raises:
-        ValueError: a number is out of range.
-        TypeError: an argument has the wrong type.
-    """
-
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        manifold: Manifold | int,
-        *,
-        padding_idx: int | None = None,
-        spread: float = 0.5,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(manifold)
-        where, rows = "ManifoldEmbedding", num_embeddings
-        _check.count(where, "num_embeddings", num_embeddings)
-        _check.count(where, "embedding_dim", embedding_dim)
-        _check.number(where, "spread", spread, 0, 1)
-        if padding_idx is not None:
-            _check.count(where, "padding_idx", padding_idx, -rows)
-            if padding_idx >= rows:
-                raise ValueError(
-                    f"{where}: padding_idx must be less than {rows}, not {padding_idx}"
-                )
-            padding_idx %= rows
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.padding_idx, self.spread = padding_idx, spread
-        self._allocate((num_embeddings, embedding_dim), None, device, dtype)
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the tables as :class:`ManifoldLinear` draws its bases, from ``torch.nn.Embedding``'s N(0, 1)."""
-        self._draw(self.weight, self.spread, lambda table: table.normal_())
-        if self.padding_idx is not None:
-            self.weight[:, self.padding_idx] = 0
-
-    def forward(
-        self,
-        ids: Tensor,
-        context: Tensor | None = None,
-        *,
-        coeffs: Tensor | None = None,
-        index: Tensor | None = None,
-    ) -> Tensor:
-        """``[B, ...]``, int64 or int32, to ``[B, ..., embedding_dim]``; contexts and errors as for
-        :class:`ManifoldLinear`."""
-        _check.tensor("ManifoldEmbedding", "ids", ids, "[B, ...]")
-        _check.index_dtype("ManifoldEmbedding", "ids", ids)
-        mixing = self._at_each(ids, context, coeffs, index, self.weight)
-        mixing = mixing.view(*mixing.shape[:-1], *[1] * (ids.dim() - mixing.dim() + 1), -1, 1)
-        mixed: Any = 0
-        for table, share in zip(self.weight, mixing.unbind(-2), strict=True):
-            mixed = mixed + share * F.embedding(ids, table, self.padding_idx).to(share.dtype)
-        return mixed.to(self.weight.dtype)
-
-    @classmethod
-    def lifted(cls, module: nn.Embedding, manifold: Manifold, convert: Convert) -> Any:
-        """``module`` with tables that ``convert`` gives for its own."""
-        sizes = (module.num_embeddings, module.embedding_dim)
-        layer = cls(*sizes, manifold, padding_idx=module.padding_idx, device="meta")
-        layer._adopt(module, convert)
-        if layer.padding_idx is not None:
-            with torch.no_grad():
-                padding = module.weight[layer.padding_idx]
-                layer.weight[:, layer.padding_idx] = manifold.around(padding)
-        return layer
-
-    def ordinary(self, convert: Convert, coeffs: Tensor) -> nn.Module:
-        sizes = (self.num_embeddings, self.embedding_dim, self.padding_idx)
-        return self._release(nn.Embedding(*sizes, device="meta"), convert)
-
-    def extra_repr(self) -> str:
-        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
-        return f"{self.num_embeddings}, {self.embedding_dim}{padding}, {super().extra_repr()}"
