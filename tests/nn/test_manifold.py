@@ -230,6 +230,12 @@ def test_bases_of_a_number_are_each_drawn_as_torch_draws_them() -> None:
     close(embedding.weight[0, :49].var(), torch.tensor(0.75), rtol=0.1, atol=0)
 
 
+def test_one_context_needs_no_batch() -> None:
+    for name in ("linear", "layer norm of one axis", "embedding of single ids"):
+        layer, x = LAYERS[name][0](), LAYERS[name][1]
+        close(layer(x[2], CONTEXTS[1]), layer(x, CONTEXTS[1])[2])
+
+
 def test_a_padding_row_stays() -> None:
     layer = on(ManifoldEmbedding, 7, 3, padding_idx=2)
     layer(IDS, CONTEXTS, index=INDEX).sum().backward()

@@ -18,7 +18,7 @@ BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 CHANNELS: tuple[type, ...] = (*BATCH, *INSTANCE, nn.GroupNorm)
 TRAILING: tuple[type, ...] = (nn.LayerNorm, nn.RMSNorm)
-#: axes of what they take; the rest takes more than one
+#: axes of what they take, the first for a batch
 _DIMS = {kind: (n,) for kinds in (BATCH, INSTANCE) for n, kind in enumerate(kinds, 3)} | {
     nn.BatchNorm1d: (2, 3)
 }
@@ -118,7 +118,7 @@ class ManifoldNorm(ManifoldLayer):
         where, kind = "ManifoldNorm", self.kind
         _check.tensor(where, "x", x, "[B, ...]")
         _check.floating(where, "x", x)
-        if x.dim() < 2 if kind not in _DIMS else x.dim() not in _DIMS[kind]:
+        if kind in _DIMS and x.dim() not in _DIMS[kind]:
             raise ValueError(f"{where}: {kind.__name__} takes no x of shape {list(x.shape)}")
         at = self._at_each(x, context, coeffs, index, x if self.weight is None else self.weight)
         # Halves are rounded once, behind the scale and shift.
