@@ -33,7 +33,8 @@ class Lifted(nn.Module):
     """A module whose weights follow a context; made by :func:`lift`.
 
     ``lifted(x, context=s)`` calls the model at contexts ``s``, as ``with at(s): lifted(x)`` does. Layers and
-    contexts meet by the first axis of a layer's input, unless there is one context for all.
+    contexts meet by the first axis of a layer's input, unless there is one context for all. A model that has
+    arguments of these names itself is called as ``lifted.model`` within ``at``.
 
     Attributes:
         model: the module, with manifold layers in place of ordinary ones.
