@@ -1,31 +1,10 @@
 // How the rows of a tile are read, begun and put away; and what a thread needs for that.
 #pragma once
 
-#include <memory>
-
+#include "buffer.h"
 #include "equivariant_pool.h"
 
 namespace weightops::equivariant {
-
-// A buffer that is neither cleared nor given back between networks.
-template <class T>
-class Buffer {
- public:
-  T* get(int64_t count) {
-    if (count > size_) {
-      data_.reset(new (std::align_val_t(64)) T[count]);
-      size_ = count;
-    }
-    return data_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(T* data) const { ::operator delete[](data, std::align_val_t(64)); }
-  };
-  std::unique_ptr<T[], Free> data_;
-  int64_t size_ = 0;
-};
 
 // A network's share of a layer: blocks are [term, channels read, padded channels written].
 template <class T>

@@ -4,16 +4,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
 #include "equivariant_program.h"
-#include "isa.h"
-
-#define WEIGHTOPS_INLINE inline __attribute__((always_inline))
-
-// How a vector goes by value depends on the instruction set, but here nothing is called.
-#pragma GCC diagnostic ignored "-Wpsabi"
+#include "simd.h"
 
 namespace weightops::equivariant {
 
@@ -35,35 +29,13 @@ struct Right {
   T* to;
 };
 
-// `Bytes` is the width of a vector. All is always_inline, to be compiled anew into each of the
-// functions that name an instruction set.
 template <class T, int Bytes>
-struct Tile {
-  typedef T Vector __attribute__((vector_size(Bytes)));
-  static constexpr int lanes = Bytes / sizeof(T);
+struct Tile : Simd<T, Bytes> {
+  using typename Simd<T, Bytes>::Vector;
+  using Simd<T, Bytes>::lanes, Simd<T, Bytes>::load, Simd<T, Bytes>::store, Simd<T, Bytes>::stream;
 
   static WEIGHTOPS_INLINE int64_t padded(int64_t channels) {
     return (channels + lanes - 1) / lanes * lanes;
-  }
-
-  static WEIGHTOPS_INLINE Vector load(const T* from) {
-    Vector value;
-    std::memcpy(&value, from, Bytes);
-    return value;
-  }
-  static WEIGHTOPS_INLINE void store(T* to, const Vector& value) { std::memcpy(to, &value, Bytes); }
-  static WEIGHTOPS_INLINE void stream(T* to, const Vector& value) {
-#if WEIGHTOPS_X86
-    if constexpr (Bytes == 64) {
-      asm volatile("vmovntps %1, %0" : "=m"(*reinterpret_cast<Vector*>(to)) : "v"(value));
-      return;
-    }
-    if constexpr (Bytes == 32) {
-      asm volatile("vmovntps %1, %0" : "=m"(*reinterpret_cast<Vector*>(to)) : "x"(value));
-      return;
-    }
-#endif
-    store(to, value);
   }
 
   // A value that is to stay in a register.

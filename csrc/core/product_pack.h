@@ -1,0 +1,278 @@
+// Operands of matrix products: where their values come from, and how they are packed.
+#pragma once
+
+#include <utility>
+
+#include "buffer.h"
+#include "number.h"
+#include "product_kernel.h"
+
+namespace weightops::product {
+
+enum class Kind { same, half, bfloat16 };  // as the sums are, or narrower
+
+// How an operand lies: its rows, or columns, follow each other along the depth or across it.
+enum class Lies { along, across };
+
+// Where the taps of a convolution read: depth (channel, tap), column a pixel of the result.
+struct Patches {
+  int64_t height, width, out_height, out_width, tap_height, tap_width;
+  int64_t stride[2], padding[2], dilation[2];
+
+  int64_t taps() const { return tap_height * tap_width; }
+  int64_t pixels() const { return out_height * out_width; }
+
+  // to[0:count] = what the tap of row `i` reads for pixels [j, j + count); nothing is zero.
+  template <class T, class Sum>
+  WEIGHTOPS_INLINE void read(const T* image, int64_t i, int64_t j, int64_t count, Sum* to) const {
+    const int64_t channel = i / taps(), tap = i % taps();
+    const int64_t down = tap / tap_width * dilation[0] - padding[0],
+                  right = tap % tap_width * dilation[1] - padding[1];
+    image += channel * height * width;
+    int64_t y = j / out_width, x = j % out_width;
+    while (count > 0) {
+      const int64_t run = std::min(count, out_width - x), from = y * stride[0] + down;
+      if (from < 0 || from >= height) {
+        std::fill_n(to, run, Sum(0));
+      } else {
+        const T* line = image + from * width;
+        const auto [low, high] = inside(x, run, right);
+        std::fill_n(to, low, Sum(0));
+        if (stride[1] == 1)
+          for (int64_t c = low; c < high; ++c) to[c] = widen(line[x + c + right]);
+        else
+          for (int64_t c = low; c < high; ++c) to[c] = widen(line[(x + c) * stride[1] + right]);
+        std::fill(to + high, to + run, Sum(0));
+      }
+      to += run;
+      count -= run;
+      x = 0;
+      ++y;
+    }
+  }
+
+  // The transpose of read.
+  template <class Sum>
+  WEIGHTOPS_INLINE void add(Sum* image, int64_t i, int64_t j, int64_t count,
+                            const Sum* from) const {
+    const int64_t channel = i / taps(), tap = i % taps();
+    const int64_t down = tap / tap_width * dilation[0] - padding[0],
+                  right = tap % tap_width * dilation[1] - padding[1];
+    image += channel * height * width;
+    int64_t y = j / out_width, x = j % out_width;
+    while (count > 0) {
+      const int64_t run = std::min(count, out_width - x), at = y * stride[0] + down;
+      if (at >= 0 && at < height) {
+        Sum* line = image + at * width;
+        const auto [low, high] = inside(x, run, right);
+        if (stride[1] == 1)
+          for (int64_t c = low; c < high; ++c) line[x + c + right] += from[c];
+        else
+          for (int64_t c = low; c < high; ++c) line[(x + c) * stride[1] + right] += from[c];
+      }
+      from += run;
+      count -= run;
+      x = 0;
+      ++y;
+    }
+  }
+
+ private:
+  // Of `run` pixels from x on, those whose tap lies on the line.
+  WEIGHTOPS_INLINE std::pair<int64_t, int64_t> inside(int64_t x, int64_t run,
+                                                      int64_t right) const {
+    const int64_t s = stride[1], first = right < 0 ? (-right + s - 1) / s : 0,
+                  end = width > right ? (width - right + s - 1) / s : 0;
+    const int64_t low = std::clamp<int64_t>(first - x, 0, run);
+    return {low, std::clamp<int64_t>(end - x, low, run)};
+  }
+};
+
+// Values row by row: rows of one tensor for each term; or sums of tensors, made as they are read.
+template <class Sum>
+struct Source {
+  const void* data;
+  Kind kind;
+  Lies lies;
+  int64_t stride;
+  int64_t term_stride = 0;
+  const int64_t* order = nullptr;   // the rows' places, where they are not 0, 1, 2 ...
+  const int64_t* starts = nullptr;  // and where in it a term's begin
+  // Row i of term t is multiplied by scale[i, t].
+  const Sum* scale = nullptr;
+  int64_t scale_stride = 0;
+  // Rows are sum_k coeffs[k] * rows of basis k.
+  const Sum* coeffs = nullptr;
+  int64_t bases = 1, basis_stride = 0;
+  // `data` is an image, and the rows are what its taps read.
+  const Patches* patches = nullptr;
+
+  // Whether terms have rows of their own.
+  bool own() const { return term_stride != 0 || scale || starts; }
+
+  // `count` values of row i from column j on, where they lie or in `scratch`.
+  WEIGHTOPS_INLINE const Sum* row(int term, int64_t i, int64_t j, int64_t count,
+                                  Sum* scratch) const {
+    if (kind != Kind::same || coeffs || scale || patches)
+      return reader(*this, term, i, j, count, scratch);
+    if (starts) i += starts[term];
+    return static_cast<const Sum*>(data) + term * term_stride + (order ? order[i] : i) * stride + j;
+  }
+
+  // What makes the rows that are not there to be read; of a kernel's instruction set.
+  const Sum* (*reader)(const Source&, int, int64_t, int64_t, int64_t, Sum*) = nullptr;
+
+  template <class Arithmetic>
+  WEIGHTOPS_INLINE const Sum* made(int term, int64_t i, int64_t j, int64_t count,
+                                   Sum* scratch) const {
+    if (patches) return patched(i, j, count, scratch);
+    if (starts) i += starts[term];
+    const int64_t at = term * term_stride + (order ? order[i] : i) * stride + j;
+    if (kind == Kind::half)
+      return widened<Arithmetic>(static_cast<const Half*>(data) + at, term, i, count, scratch);
+    if (kind == Kind::bfloat16)
+      return widened<Arithmetic>(static_cast<const BFloat16*>(data) + at, term, i, count, scratch);
+    const Sum* from = static_cast<const Sum*>(data) + at;
+    if (coeffs) {
+      synthesize<Arithmetic>(from, count, scratch);
+      return scratch;
+    }
+    const Sum factor = scale[i * scale_stride + term];
+    for (int64_t c = 0; c < count; ++c) scratch[c] = factor * from[c];
+    return scratch;
+  }
+
+ private:
+  WEIGHTOPS_INLINE const Sum* patched(int64_t i, int64_t j, int64_t count, Sum* to) const {
+    if (kind == Kind::half)
+      patches->read(static_cast<const Half*>(data), i, j, count, to);
+    else if (kind == Kind::bfloat16)
+      patches->read(static_cast<const BFloat16*>(data), i, j, count, to);
+    else
+      patches->read(static_cast<const Sum*>(data), i, j, count, to);
+    return to;
+  }
+
+  template <class Arithmetic, class T>
+  WEIGHTOPS_INLINE const Sum* widened(const T* from, int term, int64_t i, int64_t count,
+                                      Sum* scratch) const {
+    const Sum factor = coeffs ? coeffs[0] : scale ? scale[i * scale_stride + term] : Sum(1);
+    for (int64_t c = 0; c < count; ++c) scratch[c] = factor * widen(from[c]);
+    for (int64_t k = 1; k < bases; ++k)
+      for (int64_t c = 0; c < count; ++c)
+        scratch[c] += coeffs[k] * widen(from[k * basis_stride + c]);
+    return scratch;
+  }
+
+  template <class Arithmetic>
+  WEIGHTOPS_INLINE void synthesize(const Sum* from, int64_t count, Sum* to) const {
+    constexpr int lanes = Arithmetic::lanes;
+    int64_t c = 0;
+    for (; c + 2 * lanes <= count; c += 2 * lanes) {
+      auto low = Arithmetic::load(from + c) * coeffs[0],
+           high = Arithmetic::load(from + c + lanes) * coeffs[0];
+      for (int64_t k = 1; k < bases; ++k) {
+        low += Arithmetic::load(from + k * basis_stride + c) * coeffs[k];
+        high += Arithmetic::load(from + k * basis_stride + c + lanes) * coeffs[k];
+      }
+      Arithmetic::store(to + c, low);
+      Arithmetic::store(to + c + lanes, high);
+    }
+    for (; c < count; ++c) {
+      Sum value = coeffs[0] * from[c];
+      for (int64_t k = 1; k < bases; ++k) value += coeffs[k] * from[k * basis_stride + c];
+      to[c] = value;
+    }
+  }
+};
+
+constexpr int64_t kTurned = 64;     // depths that are turned at a time
+constexpr int64_t kScratch = 1024;  // room for rows of sources; what was turned lies behind it
+
+template <class Kernel>
+constexpr int64_t scratch_size() {
+  return kScratch + kTurned * std::max(Kernel::lanes, Kernel::rows);
+}
+
+// to[c][r] = source row (i + r), column (j + c); at most kTurned columns.
+template <class Arithmetic, class Sum>
+WEIGHTOPS_INLINE void turn(const Source<Sum>& source, int term, int64_t i, int64_t count_i,
+                           int64_t j, int64_t count_j, Sum* to, int64_t to_stride, Sum* scratch) {
+  constexpr int lanes = Arithmetic::lanes;
+  for (int64_t r = 0; r < count_i; r += lanes) {
+    const Sum* rows[lanes];
+    const int64_t height = std::min<int64_t>(lanes, count_i - r);
+    for (int64_t k = 0; k < height; ++k)
+      rows[k] = source.row(term, i + r + k, j, count_j, scratch + k * kTurned);
+    int64_t c = 0;
+    if (height == lanes)
+      for (; c + lanes <= count_j; c += lanes) {
+        typename Arithmetic::Vector block[lanes];
+#pragma GCC unroll 16
+        for (int k = 0; k < lanes; ++k) block[k] = Arithmetic::load(rows[k] + c);
+        Arithmetic::transpose(block);
+#pragma GCC unroll 16
+        for (int k = 0; k < lanes; ++k) Arithmetic::store(to + (c + k) * to_stride + r, block[k]);
+      }
+    for (; c < count_j; ++c)
+      for (int64_t k = 0; k < height; ++k) to[c * to_stride + r + k] = rows[k][c];
+  }
+}
+
+// Rows [i, i + count) of an operand as a block, at depths [d, d + length).
+template <class Kernel>
+WEIGHTOPS_INLINE void pack_rows(const Source<typename Kernel::Sum>& source, int term, int64_t i,
+                                int64_t count, int64_t d, int64_t length,
+                                typename Kernel::Packed* block, typename Kernel::Sum* scratch) {
+  using Arithmetic = typename Kernel::Arithmetic;
+  if (source.lies == Lies::along) {
+    for (int64_t r = 0; r < count; ++r)
+      Kernel::pack_row(block, r, 0,
+                       source.row(term, i + r, d, length, scratch), length);
+    return;
+  }
+  typename Kernel::Sum* turned = scratch + kScratch;
+  for (int64_t at = 0; at < length; at += kTurned) {
+    const int64_t part = std::min(kTurned, length - at);
+    turn<Arithmetic>(source, term, d + at, part, i, count, turned, kTurned, scratch);
+    for (int64_t r = 0; r < count; ++r) Kernel::pack_row(block, r, at, turned + r * kTurned, part);
+  }
+}
+
+// Columns [i, i + count) of an operand as a panel; what is not there counts as zeros.
+template <class Kernel>
+WEIGHTOPS_INLINE void pack_columns(const Source<typename Kernel::Sum>& source, int term, int64_t i,
+                                   int64_t count, int64_t d, int64_t length,
+                                   typename Kernel::Packed* panel,
+                                   typename Kernel::Sum* scratch) {
+  using Arithmetic = typename Kernel::Arithmetic;
+  using Sum = typename Kernel::Sum;
+  constexpr int lanes = Kernel::lanes;
+  if (source.lies == Lies::across) {
+    const auto row = [&](int64_t at, Sum* room) __attribute__((always_inline)) {
+      const Sum* found = source.row(term, d + at, i, count, room);
+      if (count == lanes) return found;
+      if (found != room) std::copy_n(found, count, room);
+      std::fill(room + count, room + lanes, Sum(0));
+      return static_cast<const Sum*>(room);
+    };
+    for (int64_t at = 0; at < length; at += 2) {
+      const Sum* first = row(at, scratch);
+      Kernel::pack_columns(panel, at, first,
+                           at + 1 < length ? row(at + 1, scratch + lanes) : nullptr);
+    }
+  } else {
+    Sum* turned = scratch + kScratch;
+    if (count < lanes) std::fill_n(turned, kTurned * lanes, Sum(0));
+    for (int64_t at = 0; at < length; at += kTurned) {
+      const int64_t part = std::min(kTurned, length - at);
+      turn<Arithmetic>(source, term, i, count, d + at, part, turned, lanes, scratch);
+      for (int64_t c = 0; c < part; c += 2)
+        Kernel::pack_columns(panel, at + c, turned + c * lanes,
+                             c + 1 < part ? turned + (c + 1) * lanes : nullptr);
+    }
+  }
+  Kernel::finish_panel(panel, length);
+}
+
+}  // namespace weightops::product
