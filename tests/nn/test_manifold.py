@@ -402,6 +402,24 @@ def test_compiled_whole_and_once(where: str) -> None:
             compiled(x)
 
 
+def test_compiled_code_leaves_the_context_that_it_found() -> None:
+    net, x = two_layers(), torch.randn(3, 4)
+
+    def nested(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        with at(a):
+            with at(b):
+                inner = net(x)
+            return inner, net(x)
+
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(nested, fullgraph=True, backend="eager")
+    a, b = torch.rand(2, 3)
+    for given, expected in zip(compiled(x, a, b), nested(x, a, b), strict=True):
+        assert torch.equal(given, expected)
+    with pytest.raises(Exception, match="needs a context"):
+        torch.compile(net, fullgraph=True, backend="eager")(x)
+
+
 def test_torch_func_sees_through_at() -> None:
     net, x, s = two_layers(), torch.randn(3, 4), torch.rand(3)
     params = dict(net.named_parameters())

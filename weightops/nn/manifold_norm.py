@@ -18,7 +18,7 @@ BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 CHANNELS: tuple[type, ...] = (*BATCH, *INSTANCE, nn.GroupNorm)
 TRAILING: tuple[type, ...] = (nn.LayerNorm, nn.RMSNorm)
-#: axes of what they take, the first for a batch
+#: how many axes a batch of theirs has
 _DIMS = {kind: (n,) for kinds in (BATCH, INSTANCE) for n, kind in enumerate(kinds, 3)} | {
     nn.BatchNorm1d: (2, 3)
 }
