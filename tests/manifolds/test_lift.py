@@ -313,6 +313,18 @@ def test_only_and_skip_choose() -> None:
         assert not lifted.ordinary
 
 
+def test_a_model_can_be_lifted_in_parts() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    first = lift(model, Ellipse(), only=["0"])
+    with torch.no_grad():
+        first.model[0].weight.add_(0.1)
+    both = lift(first.model, Ellipse())
+    assert torch.equal(both.model[0].weight, first.model[0].weight)
+    x, s = torch.randn(4, 3), torch.rand(4)
+    close(both(x, context=s), first(x, context=s))
+    assert len(list(both.bases())) == 4
+
+
 def test_running_statistics_must_be_decided_about() -> None:
     with pytest.raises(
         ValueError, match=r"^lift: batch keeps a running mean.*batch_norm='regions'"
@@ -493,11 +505,11 @@ BAD = [
     ),
     (lambda: lift(TWO, Line(), regions=0), ValueError, "^lift: regions must be at least 1, not 0"),
     (lambda: lift(nn.ReLU(), Line()), ValueError, "^lift: found nothing to lift in ReLU"),
-    (lambda: lift(SPUN, Line()), ValueError, "^lift: model.0 is on a manifold already"),
+    (lambda: lift(SPUN, Line()), ValueError, r"^lift: model.0 is on a manifold already, Torus\("),
     (
-        lambda: lift(ManifoldLinear(2, 2, Line()), Line()),
+        lambda: lift(ManifoldLinear(2, 2, Line()), Ellipse()),
         ValueError,
-        "^lift: the model itself is on a manifold already",
+        r"^lift: the model itself is on a manifold already, Line\(\)",
     ),
     (
         lambda: lift(nn.Sequential(nn.LazyLinear(3)), Line()),

@@ -131,33 +131,8 @@ def lift(
     if batch_norm is not None:
         _check.choice("lift", "batch_norm", batch_norm, ("batch", "regions"))
     _check.count("lift", "regions", regions)
-    skipped = _matched("skip", model, skip)
-    wanted = None if only is None else _matched("only", model, only)
-
     table = _table()
-    whole: tuple[Any, ...] = (*table, *_WHY_NOT)
-    chosen: dict[str, nn.Module] = {}
-    ordinary: dict[str, str] = {}
-    for name, module in _outermost(model, whole):
-        if id(module) in skipped or not (wanted is None or id(module) in wanted):
-            continue
-        own = [key for key, p in module._parameters.items() if p is not None]
-        if isinstance(module, ours.manifold.ManifoldLayer):
-            raise ValueError(f"lift: {_named(name)} is on a manifold already")
-        if any(is_lazy(p) for p in module.parameters(recurse=False)):
-            raise ValueError(f"lift: {_named(name)} has no shape yet; run the model once before")
-        if not own and not getattr(module, "track_running_stats", False):
-            continue
-        why = _why_not(module, table)
-        if why is None:
-            chosen[name] = module
-        elif isinstance(module, whole) or next(module.children(), None) is None:
-            ordinary[_named(name)] = f"{type(module).__name__} {why}"
-        else:
-            paths = [f"{name}.{key}".lstrip(".") for key in own]
-            ordinary |= {p: "belongs to no layer" for p in paths if p not in skip}
-    if not chosen:
-        raise ValueError(f"lift: found nothing to lift in {type(model).__name__}")
+    chosen, ordinary = _choose(model, manifold, table, only, skip)
     tracked = [n for n, m in chosen.items() if getattr(m, "track_running_stats", False)]
     if tracked and batch_norm is None:
         raise ValueError(
@@ -214,6 +189,46 @@ def _table() -> dict[type, type]:
         nn.Embedding: ours.ManifoldEmbedding,
         **norms,
     }
+
+
+def _choose(
+    model: nn.Module,
+    manifold: Manifold,
+    table: dict[type, type],
+    only: Which | None,
+    skip: Which,
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """What to lift, and what that was asked for can't be and why."""
+    skipped = _matched("skip", model, skip)
+    wanted = None if only is None else _matched("only", model, only)
+    whole: tuple[Any, ...] = (*table, *_WHY_NOT)
+    chosen: dict[str, nn.Module] = {}
+    ordinary: dict[str, str] = {}
+    for name, module in _outermost(model, whole):
+        if isinstance(module, ours.manifold.ManifoldLayer):
+            if module.manifold not in (None, manifold):
+                raise ValueError(
+                    f"lift: {_named(name)} is on a manifold already, {module.manifold}"
+                )
+            continue
+        if id(module) in skipped or not (wanted is None or id(module) in wanted):
+            continue
+        if any(is_lazy(p) for p in module.parameters(recurse=False)):
+            raise ValueError(f"lift: {_named(name)} has no shape yet; run the model once before")
+        own = [key for key, p in module._parameters.items() if p is not None]
+        if not own and not getattr(module, "track_running_stats", False):
+            continue
+        why = _why_not(module, table)
+        if why is None:
+            chosen[name] = module
+        elif isinstance(module, whole) or next(module.children(), None) is None:
+            ordinary[_named(name)] = f"{type(module).__name__} {why}"
+        else:
+            paths = [f"{name}.{key}".lstrip(".") for key in own]
+            ordinary |= {p: "belongs to no layer" for p in paths if p not in skip}
+    if not chosen:
+        raise ValueError(f"lift: found nothing to lift in {type(model).__name__}")
+    return chosen, ordinary
 
 
 def _named(name: str) -> str:
