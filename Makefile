@@ -18,6 +18,8 @@ $(VENV)/ready: constraints.txt
 	$(BIN)/pip install -q -c constraints.txt setuptools wheel cmake ninja pybind11 build \
 		numpy scipy rich matplotlib mlxtend lapx nfn einops safetensors triton \
 		pytest pytest-benchmark hypothesis expecttest ruff mypy clang-format pre-commit
+	# Without torchvision, whose wheels load only into the torch that they were built with (bench/condconv.py).
+	$(BIN)/pip install -q -c constraints.txt --no-deps timm
 	touch $@
 
 $(VENV)/built: $(VENV)/ready $(SOURCES)

@@ -4,7 +4,9 @@ Source: Benjamin et al. 2025, "Walking the Weight Manifold", arXiv 2505.22994.
 """
 
 from weightops.manifolds.circles import Ellipse, Fourier, Torus
+from weightops.manifolds.context import at
 from weightops.manifolds.curves import Bezier, BSpline, Line
+from weightops.manifolds.lift import Lifted, lift, slice_at
 from weightops.manifolds.manifold import Manifold
 from weightops.manifolds.product import Product
 from weightops.manifolds.simplex import Simplex
@@ -14,9 +16,13 @@ __all__ = [
     "Bezier",
     "Ellipse",
     "Fourier",
+    "Lifted",
     "Line",
     "Manifold",
     "Product",
     "Simplex",
     "Torus",
+    "at",
+    "lift",
+    "slice_at",
 ]

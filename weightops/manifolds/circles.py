@@ -39,6 +39,10 @@ def _mean_squares(waves: int) -> Tensor:
     return torch.tensor([1.0] + [0.5] * waves, dtype=torch.float64).diag()
 
 
+def _first(count: int) -> Tensor:
+    return torch.eye(count, dtype=torch.float64)[0]
+
+
 @dataclass(frozen=True)
 class Fourier(Manifold):
     """A closed curve: phi(s) = (1, cos 2 pi s, sin 2 pi s, ..., cos 2 pi H s, sin 2 pi H s).
@@ -65,6 +69,10 @@ class Fourier(Manifold):
     @property
     def gram(self) -> Tensor:
         return _mean_squares(2 * self.harmonics)
+
+    @property
+    def constant(self) -> Tensor:
+        return _first(self.num_coeffs)
 
     def _coeffs(self, context: Tensor) -> Tensor:
         return _waves(context, self.harmonics)
@@ -120,6 +128,10 @@ class Torus(Manifold):
     @property
     def gram(self) -> Tensor:
         return _mean_squares(2 * self.circles) if self.additive else self._product.gram
+
+    @property
+    def constant(self) -> Tensor:
+        return _first(self.num_coeffs)
 
     def _coeffs(self, context: Tensor) -> Tensor:
         if not self.additive:

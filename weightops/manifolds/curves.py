@@ -40,6 +40,10 @@ class _Spline(Manifold):
         share = torch.from_numpy(weights / (2 * self._spans)).repeat(self._spans)
         return phi.mT @ (share[:, None] * phi)
 
+    @property
+    def constant(self) -> Tensor:
+        return torch.ones(self.num_coeffs, dtype=torch.float64)
+
     def _knots(self, like: Tensor) -> Tensor:
         """Integers in x: clamped at both ends, or running on beyond them."""
         end = self._spans + self.degree

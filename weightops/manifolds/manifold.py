@@ -39,6 +39,27 @@ class Manifold(ABC):
         """``[K, K]``, float64."""
         return torch.linalg.inv(self.gram).contiguous()
 
+    @property
+    @abstractmethod
+    def constant(self) -> Tensor:
+        """``[K]``, float64: the coefficients of the constant one, ``constant @ phi(s) = 1`` for every s."""
+
+    def around(self, mean: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Bases ``[K, ...]`` of weights that are ``mean`` ``[...]`` on average over the domain.
+
+        Without ``noise`` they are ``mean`` everywhere. Draws ``noise`` ``[K, ...]`` of one variance make them
+        vary with the context, with that variance on average over the domain.
+        """
+        constant = self.constant
+        bases = constant.to(mean).view(-1, *[1] * mean.dim()) * mean
+        if noise is None:
+            return bases
+        # What is left of each basis function less its mean.
+        rest = torch.eye(len(constant), dtype=constant.dtype)
+        rest = rest - torch.outer(constant, self.gram @ constant)
+        rest = rest / (rest.mT @ self.gram @ rest).trace().sqrt()
+        return bases + torch.tensordot(rest.to(noise), noise, 1)
+
     # What a topology adds, on contexts [..., context_dims] of float32 or float64.
 
     @abstractmethod
@@ -114,6 +135,26 @@ class Manifold(ABC):
             f"{row[0] if self.context_dims == 1 else row}"
         )
 
+    def grid(
+        self, n: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Tensor:
+        """The centres of equal parts of the domain, ``n`` along each dimension.
+
+        ``[n]``, or where a context has several numbers ``[n^dimensions, context_dims]``, the last dimension
+        fastest. A simplex of V corners has V - 1 dimensions.
+
+        Raises:
+            ValueError: ``n`` is less than 1.
+            TypeError: it is no integer, or ``dtype`` is not floating point.
+        """
+        where = f"{type(self).__name__}.grid"
+        _check.count(where, "n", n)
+        dtype = _dtype(where, dtype)
+        steps = (torch.arange(n, dtype=torch.float64, device=device) + 0.5) / n
+        points = torch.cartesian_prod(*[steps] * self._cube_dims).view(-1, self._cube_dims)
+        contexts = self._from_cube(points).to(dtype)
+        return contexts.squeeze(1) if self.context_dims == 1 else contexts
+
     def sample(
         self,
         n: int,
@@ -145,11 +186,7 @@ class Manifold(ABC):
             raise TypeError(
                 f"{where}: generator must be a torch.Generator, not {_check.describe(generator)}"
             )
-        dtype = torch.get_default_dtype() if dtype is None else dtype
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(
-                f"{where}: dtype must be a floating point dtype, not {_check.describe(dtype)}"
-            )
+        dtype = _dtype(where, dtype)
         on = _place(generator, device)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         points = torch.rand(n, self._cube_dims, generator=generator, dtype=wide, device=on)
@@ -201,3 +238,12 @@ def _place(
     generator: torch.Generator | None, device: torch.device | str | None
 ) -> torch.device | str | None:
     return generator.device if device is None and generator is not None else device
+
+
+def _dtype(where: str, dtype: Any) -> torch.dtype:
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(
+            f"{where}: dtype must be a floating point dtype, not {_check.describe(dtype)}"
+        )
+    return dtype

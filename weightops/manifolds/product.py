@@ -63,6 +63,10 @@ class Product(Manifold):
     def inverse_gram(self) -> Tensor:
         return reduce(torch.kron, [factor.inverse_gram for factor in self.factors])
 
+    @property
+    def constant(self) -> Tensor:
+        return reduce(torch.kron, [factor.constant for factor in self.factors])
+
     def _parts(self, context: Tensor) -> Iterator[tuple[Manifold, Tensor]]:
         """Each factor with its own columns of ``context``."""
         sizes = [factor.context_dims for factor in self.factors]

@@ -50,6 +50,10 @@ class Simplex(Manifold):
         v = self.vertices
         return v * ((v + 1) * torch.eye(v, dtype=torch.float64) - 1)
 
+    @property
+    def constant(self) -> Tensor:
+        return torch.ones(self.vertices, dtype=torch.float64)
+
     def _coeffs(self, context: Tensor) -> Tensor:
         # Not the caller's own tensor, as no other manifold's result is.
         return context.clone()
