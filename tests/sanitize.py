@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "sanitize"
 WARNINGS = ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
-NATIVE_TESTS = [f"tests/ops/test_{name}.py" for name in ("assign", "equivariant", "permute")]
+NATIVE_TESTS = [
+    f"tests/ops/test_{name}.py" for name in ("assign", "equivariant", "manifold", "permute")
+]
 
 
 def run(*command: str | Path, **environment: str) -> None:

@@ -72,7 +72,7 @@ def manifold(x: Tensor, coeffs: Tensor, weight: Tensor, *, index: Tensor | None 
         "few rows": f"all {bases} bases are read once where they lie: {rows} rows are less work than that",
         "bases": f"one product of {rows} rows and a depth of {bases} x {inputs}, scaled by the "
         f"coefficients: {used} contexts have too few rows each for weights of their own",
-        "weights": f"{used} products, one a context, whose {outputs} x {inputs} weights are made "
+        "weights": f"a product of its own for each of {used} contexts, whose {outputs} x {inputs} weights are made "
         f"while they are packed: instead of {bases} multiplications a row and weight, one",
     }[regime]
     return f"{regime}: {what}; {'float32 vectors' if regime == 'few rows' else kernel}"

@@ -506,14 +506,18 @@ def test_the_backend_is_the_one_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", ["WEIGHTOPS_ISA=generic", "WEIGHTOPS_ISA=avx2", "WEIGHTOPS_DISABLE_NATIVE=1"]
+    "setting",
+    [
+        *(f"WEIGHTOPS_ISA={isa}" for isa in ("generic", "avx2", "avx512")),
+        "WEIGHTOPS_DISABLE_NATIVE=1",
+    ],
 )
 def test_other_backends_pass_too(setting: str) -> None:
     name, value = setting.split("=")
     if name == "WEIGHTOPS_ISA" and _load.reasons["cpu"] is not None:
         pytest.skip("no compiled library")
     environment = {k: v for k, v in os.environ.items() if k != "WEIGHTOPS_REQUIRE_NATIVE"}
-    here, chosen = Path(__file__), f"{CORE} or {ASSIGN} or asked_for"
+    here, chosen = Path(__file__), f"{CORE} or {ASSIGN} or asked_for or of_every or test_every"
     options = ["-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
     result = subprocess.run(
         [
@@ -522,7 +526,7 @@ def test_other_backends_pass_too(setting: str) -> None:
             "pytest",
             *options,
             str(here),
-            str(here.with_name("test_assign.py")),
+            *(str(here.with_name(f"test_{name}.py")) for name in ("assign", "manifold")),
         ],
         env={**environment, name: value},
         capture_output=True,
