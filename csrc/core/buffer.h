@@ -10,8 +10,8 @@
 
 namespace weightops {
 
-// Room that grows, is neither cleared nor given back, and begins on a cache line. What fills much of
-// the second-level cache lies in huge pages where the system has them: scattered over small ones
+// Room that grows, is neither cleared nor given back, and begins on a cache line. What fills much
+// of the second-level cache lies in huge pages where the system has them: scattered over small ones
 // it evicts itself.
 template <class T>
 class Buffer {

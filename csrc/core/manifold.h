@@ -198,8 +198,7 @@ struct BasisSums : Sums<Kernel> {
       for (int64_t k = 0; k < bases; ++k) {
         Vector dot = {};
         for (int64_t m = 0; m < part.count; ++m) {
-          const Sum* own =
-              weight.row(k, part.i + m, part.j, part.width, room);
+          const Sum* own = weight.row(k, part.i + m, part.j, part.width, room);
           if (part.width < lanes) {
             std::fill(std::copy_n(own, part.width, rest), rest + lanes, Sum(0));
             own = rest;

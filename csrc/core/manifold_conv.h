@@ -8,7 +8,8 @@ namespace weightops::manifold {
 
 // Where things lie while an image is dealt with: padded, and for a stride of s every s-th line and
 // column on a plane of its own. Then all that a tap reads, of all pixels, follows each other as the
-// pixels do, on lines of `pitch`: nothing is gathered. Pixels past the end of a line are not results.
+// pixels do, on lines of `pitch`: nothing is gathered. Pixels past the end of a line are not
+// results.
 struct Planes {
   int64_t height, width, out_height, out_width, tap_height, tap_width;
   int64_t stride[2], padding[2], dilation[2];
@@ -40,7 +41,8 @@ struct Planes {
   void each_line(const F& f) const {
     for (int64_t y = 0; y < height; ++y)
       for (int64_t x = 0; x < std::min(stride[1], width); ++x)
-        f(y * width + x, place(y + padding[0], x + padding[1]), (width - x + stride[1] - 1) / stride[1]);
+        f(y * width + x, place(y + padding[0], x + padding[1]),
+          (width - x + stride[1] - 1) / stride[1]);
   }
 };
 
@@ -234,8 +236,8 @@ struct ConvolutionRunner {
                     image = item / job_.column_parts / problem_.groups,
                     context = problem_.context_of(image);
       if (image != held_image || group != held_group) spread_image(image, group, image_room);
-      const Product<Sum> product{weights(context, group, Lies::along),
-                                 patches(image_room, Lies::across), {depth_}};
+      const Product<Sum> product{
+          weights(context, group, Lies::along), patches(image_room, Lies::across), {depth_}};
       if (context != held_context || group != held_group) packed = pack(product, problem_.out);
       held_context = context;
       held_group = group;
@@ -256,8 +258,7 @@ struct ConvolutionRunner {
   }
 
   bool backward(int64_t begin, int64_t end) {
-    const int64_t size = problem_.bases * problem_.weight_size(),
-                  weights = problem_.out * depth_;
+    const int64_t size = problem_.bases * problem_.weight_size(), weights = problem_.out * depth_;
     Sum* image_room = room_.results.get(image_size_ + result_size_ + 2 * weights);
     Sum* result_room = image_room + image_size_;
     bool finite = true;
@@ -271,9 +272,9 @@ struct ConvolutionRunner {
           if (job_.to_x) finite = to_image(image, group, result_room, image_room) && finite;
           if (!job_.to_coeffs && !sums) continue;
           spread_image(image, group, image_room);
-          finite = to_bases(image, group, result_room, image_room, result_room + result_size_,
-                            sums) &&
-                   finite;
+          finite =
+              to_bases(image, group, result_room, image_room, result_room + result_size_, sums) &&
+              finite;
         }
     }
     return finite;
@@ -281,13 +282,13 @@ struct ConvolutionRunner {
 
   bool to_image(int64_t image, int64_t group, const Sum* grad, Sum* image_room) {
     const Product<Sum> product{weights(problem_.context_of(image), group, Lies::across),
-                               result(grad, Lies::across), {problem_.out}};
+                               result(grad, Lies::across),
+                               {problem_.out}};
     std::fill_n(image_room, image_size_, Sum(0));
     PlaceSums<Kernel> out{};
     out.to = image_room;
     out.places = job_.places.data();
-    const bool finite =
-        multiply(product, depth_, {0, pixels_}, out, pack(product, depth_));
+    const bool finite = multiply(product, depth_, {0, pixels_}, out, pack(product, depth_));
     gather_image(image, group, image_room);
     return finite;
   }
@@ -297,8 +298,8 @@ struct ConvolutionRunner {
     const int64_t size = problem_.out * depth_, begin = group * size,
                   context = problem_.context_of(image);
     // Patches are the rows, of which there are more; what comes out lies the other way round.
-    const Product<Sum> product{patches(image_room, Lies::along), result(grad, Lies::along),
-                               {pixels_}};
+    const Product<Sum> product{
+        patches(image_room, Lies::along), result(grad, Lies::along), {pixels_}};
     Sum* gradient = turned + size;
     RowSums<Kernel> out{};
     out.to = turned;
@@ -316,8 +317,8 @@ struct ConvolutionRunner {
       if (job_.to_coeffs)
         for (int64_t at = 0; at < size; at += product::kScratch) {
           const int64_t count = std::min(product::kScratch, size - at);
-          job_.to_coeffs[image * problem_.bases + k] += Compiled::dot(
-              basis.row(0, k, begin + at, count, scratch), gradient + at, count);
+          job_.to_coeffs[image * problem_.bases + k] +=
+              Compiled::dot(basis.row(0, k, begin + at, count, scratch), gradient + at, count);
         }
       if (sums)
         Compiled::add(problem_.coeffs[context * problem_.bases + k], gradient, size,
@@ -331,7 +332,16 @@ template <class Sum>
 void forward(const Convolution<Sum>& problem, const void* x, const Sum* shift, void* y,
              const Team& team) {
   const int64_t items = problem.images * problem.groups;
-  const ConvolutionJob<Sum> job{problem, problem.planes.places(problem.in), x, nullptr, y, shift, nullptr, nullptr, nullptr, 1,
+  const ConvolutionJob<Sum> job{problem,
+                                problem.planes.places(problem.in),
+                                x,
+                                nullptr,
+                                y,
+                                shift,
+                                nullptr,
+                                nullptr,
+                                nullptr,
+                                1,
                                 (problem.threads + items - 1) / items};
   run_best<ConvolutionRunner, Sum>(job, problem.parts, problem.threads, team, [] {});
 }
@@ -344,10 +354,11 @@ void backward(const Convolution<Sum>& problem, const void* x, const void* grad, 
                 size = bases * problem.weight_size();
   std::vector<Sum> dots(to_coeffs ? problem.images * bases : 0);
   Sum* sums = to_weight ? shared_room<Sum>().get(parts * size) : nullptr;
-  const ConvolutionJob<Sum> job{problem, problem.planes.places(problem.in), x, grad, nullptr, nullptr, to_x,
-                                to_coeffs ? dots.data() : nullptr, sums, parts, 1};
+  const ConvolutionJob<Sum> job{
+      problem, problem.planes.places(problem.in), x,    grad,  nullptr, nullptr,
+      to_x,    to_coeffs ? dots.data() : nullptr, sums, parts, 1};
   run_best<ConvolutionRunner, Sum>(job, problem.parts, problem.threads, team,
-                                    [&] { std::fill(dots.begin(), dots.end(), Sum(0)); });
+                                   [&] { std::fill(dots.begin(), dots.end(), Sum(0)); });
   if (to_coeffs) {
     std::fill_n(to_coeffs, problem.contexts * bases, Sum(0));
     for (int64_t image = 0; image < problem.images; ++image)

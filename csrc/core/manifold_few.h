@@ -16,8 +16,8 @@ struct FewJob {
   int64_t rows, in, out, bases;
   Kind kind;
   Source<Sum> weight;
-  const Sum* x;       // [rows, in]
-  const Sum* coeffs;  // [rows, bases]
+  const Sum* x;                // [rows, in]
+  const Sum* coeffs;           // [rows, bases]
   const Sum* grad = nullptr;   // [rows, out], or null: forward
   const Sum* shift = nullptr;  // [rows, out], or null
   Sum* y = nullptr;            // [rows, out]
@@ -109,33 +109,34 @@ struct Few {
   }
 };
 
-#define WEIGHTOPS_FEW_COMPILED(isa, attribute, bytes)                                            \
-  template <class Sum>                                                                           \
-  attribute void few_forward_##isa(const FewJob<Sum>& job, const Sum* scaled, int64_t begin,     \
-                                   int64_t end) {                                                \
-    using Kernel = Few<Simd<Sum, bytes>, Sum>;                                                   \
-    if (job.rows == 1) return Kernel::template forward<1>(job, scaled, begin, end);              \
-    if (job.rows == 2) return Kernel::template forward<2>(job, scaled, begin, end);              \
-    if (job.rows == 3) return Kernel::template forward<3>(job, scaled, begin, end);              \
-    Kernel::template forward<4>(job, scaled, begin, end);                                        \
-  }                                                                                              \
-  template <class Sum>                                                                           \
-  attribute void few_backward_##isa(const FewJob<Sum>& job, int64_t begin, int64_t end,          \
-                                    Sum* to_x, Sum* dots) {                                      \
-    Few<Simd<Sum, bytes>, Sum>::backward(job, begin, end, to_x, dots);                           \
-  }                                                                                              \
-  template <class Sum>                                                                           \
-  attribute const Sum* few_read_##isa(const Source<Sum>& source, int term, int64_t i, int64_t j, \
-                                      int64_t count, Sum* scratch) {                             \
-    return source.template made<Simd<Sum, bytes>>(term, i, j, count, scratch);                   \
+#define WEIGHTOPS_FEW_COMPILED(isa, attribute, bytes)                                              \
+  template <class Sum>                                                                             \
+  attribute void few_forward_##isa(const FewJob<Sum>& job, const Sum* scaled, int64_t begin,       \
+                                   int64_t end) {                                                  \
+    using Kernel = Few<Simd<Sum, bytes>, Sum>;                                                     \
+    if (job.rows == 1) return Kernel::template forward<1>(job, scaled, begin, end);                \
+    if (job.rows == 2) return Kernel::template forward<2>(job, scaled, begin, end);                \
+    if (job.rows == 3) return Kernel::template forward<3>(job, scaled, begin, end);                \
+    Kernel::template forward<4>(job, scaled, begin, end);                                          \
+  }                                                                                                \
+  template <class Sum>                                                                             \
+  attribute void few_backward_##isa(const FewJob<Sum>& job, int64_t begin, int64_t end, Sum* to_x, \
+                                    Sum* dots) {                                                   \
+    Few<Simd<Sum, bytes>, Sum>::backward(job, begin, end, to_x, dots);                             \
+  }                                                                                                \
+  template <class Sum>                                                                             \
+  attribute const Sum* few_read_##isa(const Source<Sum>& source, int term, int64_t i, int64_t j,   \
+                                      int64_t count, Sum* scratch) {                               \
+    return source.template made<Simd<Sum, bytes>>(term, i, j, count, scratch);                     \
   }
 WEIGHTOPS_FEW_COMPILED(generic, , 16)
 #if WEIGHTOPS_X86
 WEIGHTOPS_FEW_COMPILED(avx2, WEIGHTOPS_AVX2, 32)
 WEIGHTOPS_FEW_COMPILED(avx512, WEIGHTOPS_AVX512, 64)
-#define WEIGHTOPS_BEST(function)                          \
-  (isa() == Isa::avx512 ? function##_avx512<Sum>          \
-                        : isa() == Isa::avx2 ? function##_avx2<Sum> : function##_generic<Sum>)
+#define WEIGHTOPS_BEST(function)                 \
+  (isa() == Isa::avx512 ? function##_avx512<Sum> \
+   : isa() == Isa::avx2 ? function##_avx2<Sum>   \
+                        : function##_generic<Sum>)
 #else
 #define WEIGHTOPS_BEST(function) function##_generic<Sum>
 #endif
@@ -170,7 +171,8 @@ void run_few(FewJob<Sum> job, int64_t threads, const Team& team) {
   });
   for (int64_t part = 0; part < parts; ++part) {
     const Sum* mine = own.data() + part * (x_size + dot_size);
-    for (int64_t at = 0; at < x_size; ++at) job.to_x[at] = (part ? job.to_x[at] : Sum(0)) + mine[at];
+    for (int64_t at = 0; at < x_size; ++at)
+      job.to_x[at] = (part ? job.to_x[at] : Sum(0)) + mine[at];
     for (int64_t at = 0; at < dot_size; ++at)
       job.dots[at] = (part ? job.dots[at] : Sum(0)) + mine[x_size + at];
   }

@@ -97,13 +97,20 @@ void apply(const Linear<Sum>& problem, const Groups* groups, bool transpose, con
       Source<Sum> own = left;
       own.order = groups->order.data() + groups->starts[g];
       job.each.push_back({{own, made_weight(problem, lies, groups->ids[g]), {depth}},
-                          groups->size(g), own.order, nullptr, groups->ids[g]});
+                          groups->size(g),
+                          own.order,
+                          nullptr,
+                          groups->ids[g]});
     }
   } else {
     contexts = contexts_of_rows(problem);
     job.factors = problem.coeffs;
-    job.each.push_back({{left, weight_of(problem, lies), std::vector<int64_t>(problem.bases, depth)},
-                        problem.rows(), nullptr, contexts.data(), 0});
+    job.each.push_back(
+        {{left, weight_of(problem, lies), std::vector<int64_t>(problem.bases, depth)},
+         problem.rows(),
+         nullptr,
+         contexts.data(),
+         0});
   }
   run(job, problem.parts, problem.threads, team);
 }
@@ -147,8 +154,9 @@ void forward(const Linear<Sum>& problem, const void* x, const Sum* shift, void* 
                coeffs = by_row(problem, problem.coeffs, problem.bases);
     std::vector<Sum> plus, result(problem.rows() * problem.out);
     if (shift) plus = by_row(problem, shift, problem.out);
-    FewJob<Sum> job{problem.rows(), problem.in, problem.out, problem.bases, problem.kind,
-                    weight_of(problem, Lies::along), values.data(), coeffs.data()};
+    FewJob<Sum> job{problem.rows(), problem.in,   problem.out,
+                    problem.bases,  problem.kind, weight_of(problem, Lies::along),
+                    values.data(),  coeffs.data()};
     job.shift = shift ? plus.data() : nullptr;
     job.y = result.data();
     run_few(job, problem.threads, team);
@@ -169,8 +177,7 @@ void backward(const Linear<Sum>& problem, const void* x, const void* grad, void*
   const auto add_dots = [&] {
     for (int64_t row = 0; to_coeffs && row < problem.rows(); ++row)
       for (int64_t k = 0; k < bases; ++k)
-        to_coeffs[problem.context_of(row / problem.rows_each) * bases + k] +=
-            dots[row * bases + k];
+        to_coeffs[problem.context_of(row / problem.rows_each) * bases + k] += dots[row * bases + k];
   };
   const Groups groups = group(problem);
   const Regime regime = regime_of(problem, groups);
@@ -180,8 +187,9 @@ void backward(const Linear<Sum>& problem, const void* x, const void* grad, void*
                coeffs = by_row(problem, problem.coeffs, bases);
     std::vector<Sum> result(to_x ? problem.rows() * problem.in : 0);
     dots.resize(problem.rows() * bases);
-    FewJob<Sum> job{problem.rows(), problem.in, problem.out, bases, problem.kind,
-                    weight_of(problem, Lies::along), values.data(), coeffs.data(), grads.data()};
+    FewJob<Sum> job{problem.rows(), problem.in,    problem.out,
+                    bases,          problem.kind,  weight_of(problem, Lies::along),
+                    values.data(),  coeffs.data(), grads.data()};
     job.to_x = to_x ? result.data() : nullptr;
     job.dots = to_coeffs ? dots.data() : nullptr;
     job.to_weight = to_weight;
@@ -207,8 +215,15 @@ void backward(const Linear<Sum>& problem, const void* x, const void* grad, void*
         right{x, problem.kind, Lies::across, problem.in};
     left.order = right.order = groups.order.data();
     left.starts = right.starts = groups.starts.data();
-    run(BasesJob<Sum>{{left, right, depths}, problem.out, problem.in, to_weight, problem.kind,
-                      bases, coeffs.data(), weight, to_coeffs ? dots.data() : nullptr},
+    run(BasesJob<Sum>{{left, right, depths},
+                      problem.out,
+                      problem.in,
+                      to_weight,
+                      problem.kind,
+                      bases,
+                      coeffs.data(),
+                      weight,
+                      to_coeffs ? dots.data() : nullptr},
         problem.parts, problem.threads, team);
     if (to_coeffs)
       for (int64_t g = 0; g < groups.count(); ++g)
@@ -231,7 +246,13 @@ void backward(const Linear<Sum>& problem, const void* x, const void* grad, void*
     right.scale = scale.data();
     right.scale_stride = bases;
     run(BasesJob<Sum>{{left, right, std::vector<int64_t>(bases, problem.rows()), true},
-                      problem.out, problem.in, to_weight, problem.kind, bases, nullptr, weight,
+                      problem.out,
+                      problem.in,
+                      to_weight,
+                      problem.kind,
+                      bases,
+                      nullptr,
+                      weight,
                       nullptr},
         problem.parts, problem.threads, team);
   }

@@ -76,7 +76,8 @@ WEIGHTOPS_INLINE Sum dot(const Sum* a, const Sum* b, int64_t count) {
 // less, where that leaves threads without work.
 inline Cut cut_up(int64_t panels, int64_t panel_bytes, int64_t blocks, bool rows_are_dear,
                   int64_t threads) {
-  const int64_t most = std::max<int64_t>(2, product::kCacheBytes / std::max<int64_t>(1, panel_bytes));
+  const int64_t most =
+      std::max<int64_t>(2, product::kCacheBytes / std::max<int64_t>(1, panel_bytes));
   Cut cut{(panels + most - 1) / most, 1, panels, blocks};
   if (cut.column_items >= threads) {
     cut.column_items = std::min(panels, (cut.column_items + threads - 1) / threads * threads);
@@ -88,38 +89,38 @@ inline Cut cut_up(int64_t panels, int64_t panel_bytes, int64_t blocks, bool rows
 }
 
 // What is compiled anew for each instruction set.
-#define WEIGHTOPS_MANIFOLD_COMPILED(name, attribute)                                             \
-  template <class K>                                                                             \
-  struct name {                                                                                  \
-    using Kernel = K;                                                                            \
-    using Sum = typename K::Sum;                                                                 \
-    using Packed = typename K::Packed;                                                           \
-    attribute static const Sum* read(const Source<Sum>& source, int term, int64_t i, int64_t j,  \
-                                     int64_t count, Sum* scratch) {                              \
-      return source.template made<typename K::Arithmetic>(term, i, j, count, scratch);           \
-    }                                                                                            \
-    attribute static void pack(const Product<Sum>& product, int64_t rows, Range blocks,          \
-                               Packed* packed, Workspace<K>& workspace) {                        \
-      product::pack_blocks<K>(product, rows, blocks, packed, workspace);                         \
-    }                                                                                            \
-    template <class Out>                                                                         \
-    attribute static bool multiply(const Product<Sum>& product, Range rows, Range columns,       \
-                                   Out& out, const Packed* packed, Workspace<K>& workspace) {    \
-      K::begin();                                                                                \
-      product::multiply<K>(product, rows, columns, out, packed, workspace);                      \
-      K::end();                                                                                  \
-      return out.finite();                                                                       \
-    }                                                                                            \
-    attribute static void turn(const Source<Sum>& source, int64_t rows, int64_t j,               \
-                               int64_t columns, Sum* to, Sum* scratch) {                         \
-      product::turn<typename K::Arithmetic>(source, 0, 0, rows, j, columns, to, rows, scratch);  \
-    }                                                                                            \
-    attribute static Sum dot(const Sum* a, const Sum* b, int64_t count) {                        \
-      return manifold::dot<typename K::Arithmetic>(a, b, count);                                 \
-    }                                                                                            \
-    attribute static void add(Sum factor, const Sum* value, int64_t count, Sum* to) {            \
-      for (int64_t c = 0; c < count; ++c) to[c] += factor * value[c];                            \
-    }                                                                                            \
+#define WEIGHTOPS_MANIFOLD_COMPILED(name, attribute)                                            \
+  template <class K>                                                                            \
+  struct name {                                                                                 \
+    using Kernel = K;                                                                           \
+    using Sum = typename K::Sum;                                                                \
+    using Packed = typename K::Packed;                                                          \
+    attribute static const Sum* read(const Source<Sum>& source, int term, int64_t i, int64_t j, \
+                                     int64_t count, Sum* scratch) {                             \
+      return source.template made<typename K::Arithmetic>(term, i, j, count, scratch);          \
+    }                                                                                           \
+    attribute static void pack(const Product<Sum>& product, int64_t rows, Range blocks,         \
+                               Packed* packed, Workspace<K>& workspace) {                       \
+      product::pack_blocks<K>(product, rows, blocks, packed, workspace);                        \
+    }                                                                                           \
+    template <class Out>                                                                        \
+    attribute static bool multiply(const Product<Sum>& product, Range rows, Range columns,      \
+                                   Out& out, const Packed* packed, Workspace<K>& workspace) {   \
+      K::begin();                                                                               \
+      product::multiply<K>(product, rows, columns, out, packed, workspace);                     \
+      K::end();                                                                                 \
+      return out.finite();                                                                      \
+    }                                                                                           \
+    attribute static void turn(const Source<Sum>& source, int64_t rows, int64_t j,              \
+                               int64_t columns, Sum* to, Sum* scratch) {                        \
+      product::turn<typename K::Arithmetic>(source, 0, 0, rows, j, columns, to, rows, scratch); \
+    }                                                                                           \
+    attribute static Sum dot(const Sum* a, const Sum* b, int64_t count) {                       \
+      return manifold::dot<typename K::Arithmetic>(a, b, count);                                \
+    }                                                                                           \
+    attribute static void add(Sum factor, const Sum* value, int64_t count, Sum* to) {           \
+      for (int64_t c = 0; c < count; ++c) to[c] += factor * value[c];                           \
+    }                                                                                           \
   };
 WEIGHTOPS_MANIFOLD_COMPILED(Generic, )
 #if WEIGHTOPS_X86
@@ -203,11 +204,10 @@ struct Runner {
           out.shift_stride = job.columns;
           out.other = job.other;
           out.dots = job.dots ? dots.data() + item / cut.row_items * dot_size : nullptr;
-          if (!Compiled::multiply(each.product,
-                                  {own.begin * Kernel::rows,
-                                   std::min(each.rows, own.end * Kernel::rows)},
-                                  columns, out, packed ? packed + first * block_size : nullptr,
-                                  workspace_of<Kernel>()))
+          if (!Compiled::multiply(
+                  each.product,
+                  {own.begin * Kernel::rows, std::min(each.rows, own.end * Kernel::rows)}, columns,
+                  out, packed ? packed + first * block_size : nullptr, workspace_of<Kernel>()))
             finite = false;
         });
       }
@@ -251,8 +251,7 @@ struct Runner {
         out.dots = job.dots ? dots.data() + item * dot_size : nullptr;
         const Range own = cut.blocks_of(item), panels = cut.panels_of(item);
         if (!Compiled::multiply(
-                job.product,
-                {own.begin * Kernel::rows, std::min(job.rows, own.end * Kernel::rows)},
+                job.product, {own.begin * Kernel::rows, std::min(job.rows, own.end * Kernel::rows)},
                 {panels.begin * Kernel::lanes, std::min(job.columns, panels.end * Kernel::lanes)},
                 out, packed, workspace_of<Kernel>()))
           finite = false;

@@ -101,8 +101,7 @@ WEIGHTOPS_INLINE void pack_blocks(const Product<typename Kernel::Sum>& product, 
 // `packed_rows` are all blocks from row 0 on, or null. Rows begin at a block.
 template <class Kernel, class Out>
 WEIGHTOPS_INLINE void multiply(const Product<typename Kernel::Sum>& product, Range rows,
-                               Range columns, Out& out,
-                               const typename Kernel::Packed* packed_rows,
+                               Range columns, Out& out, const typename Kernel::Packed* packed_rows,
                                Workspace<Kernel>& workspace) {
   using Sum = typename Kernel::Sum;
   using Packed = typename Kernel::Packed;
@@ -136,9 +135,9 @@ WEIGHTOPS_INLINE void multiply(const Product<typename Kernel::Sum>& product, Ran
       size += more;
     }
     for (size_t c = first; c < last; ++c)
-      chunks[c].packs = std::none_of(
-          chunks.begin() + first, chunks.begin() + c,
-          [&](const Chunk& other) { return other.rows_at == chunks[c].rows_at; });
+      chunks[c].packs =
+          std::none_of(chunks.begin() + first, chunks.begin() + c,
+                       [&](const Chunk& other) { return other.rows_at == chunks[c].rows_at; });
     Packed* const packed = workspace.columns.get(size / sizeof(Packed));
     Packed* panel = packed;
     for (size_t c = first; c < last; ++c)
@@ -147,6 +146,14 @@ WEIGHTOPS_INLINE void multiply(const Product<typename Kernel::Sum>& product, Ran
                              chunks[c].begin, chunks[c].length(), panel, scratch);
         panel += Kernel::panel(chunks[c].length());
       }
+    // What is read of a block's packed rows, and in how many steps.
+    Range read{row_size, 0};
+    int64_t steps = 1;
+    for (size_t c = first; c < last; ++c) {
+      read.begin = std::min(read.begin, chunks[c].rows_at);
+      read.end = std::max(read.end, chunks[c].rows_at + Kernel::block(chunks[c].length()));
+      steps += chunks[c].length() / 32;
+    }
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t i = rows.begin + b * height, count = std::min(height, rows.end - i);
       const Packed* block = block_room;
@@ -158,11 +165,9 @@ WEIGHTOPS_INLINE void multiply(const Product<typename Kernel::Sum>& product, Ran
             pack_rows<Kernel>(product.left, chunks[c].term, i, count, chunks[c].begin,
                               chunks[c].length(), block_room + chunks[c].rows_at, scratch);
       // The next block's packed rows, shared out among this one's tiles.
-      const char* next = reinterpret_cast<const char*>(block + row_size);
-      const int64_t ahead_size = packed_rows && b + 1 < blocks ? row_size * sizeof(Packed) : 0;
-      int64_t depth = 0;
-      for (size_t c = first; c < last; ++c) depth += chunks[c].length();
-      const int64_t ahead_step = (ahead_size / (panels * std::max<int64_t>(1, depth / 32)) / 64 + 1) * 64;
+      const char* next = reinterpret_cast<const char*>(block + row_size + read.begin);
+      const int64_t ahead_size = packed_rows && b + 1 < blocks ? read.size() * sizeof(Packed) : 0;
+      const int64_t ahead_step = (ahead_size / (panels * steps) / 64 + 1) * 64;
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t j = columns.begin + p * width;
         int64_t done = 0;
@@ -185,7 +190,7 @@ WEIGHTOPS_INLINE void multiply(const Product<typename Kernel::Sum>& product, Ran
           }
           part.last = c == chunks.size();
           part.closes = chunks[c - 1].end == product.depths[part.term];
-          const char* from = next + std::min(ahead_size, (p * (depth / 32) + done / 32) * ahead_step);
+          const char* from = next + std::min(ahead_size, (p * steps + done / 32) * ahead_step);
           done += chain;
           Kernel::multiply(segments.data(), segments.size(), count,
                            Ahead{from, next + ahead_size, ahead_step}, tile);

@@ -71,8 +71,7 @@ struct MultiplyAdd {
     for (int v = 0; v < 2; ++v) {
       const int at = v * Arithmetic::lanes;
       Arithmetic::store(panel + d * lanes + at, Arithmetic::load(first + at));
-      if (second)
-        Arithmetic::store(panel + (d + 1) * lanes + at, Arithmetic::load(second + at));
+      if (second) Arithmetic::store(panel + (d + 1) * lanes + at, Arithmetic::load(second + at));
     }
   }
 
@@ -234,7 +233,8 @@ struct Bfloat16Tiles {
     asm volatile("tilestored %%tmm0, (%0,%1)" ::"r"(tile), "r"(stride) : "memory");
     asm volatile("tilestored %%tmm1, (%0,%1)" ::"r"(tile + 16), "r"(stride) : "memory");
     asm volatile("tilestored %%tmm2, (%0,%1)" ::"r"(tile + 16 * lanes), "r"(stride) : "memory");
-    asm volatile("tilestored %%tmm3, (%0,%1)" ::"r"(tile + 16 * lanes + 16), "r"(stride) : "memory");
+    asm volatile("tilestored %%tmm3, (%0,%1)" ::"r"(tile + 16 * lanes + 16), "r"(stride)
+                 : "memory");
   }
 
  private:
@@ -247,10 +247,10 @@ struct Bfloat16Tiles {
 
   static WEIGHTOPS_INLINE Bits load(const Sum* from) { return Bits(Arithmetic::load(from)); }
 
-  // Takes part p off `rest` and gives it in the upper halves of the lanes, rounded to nearest: parts
-  // that are left over are half as large as if it were cut off. A last one of three needs no
-  // rounding, and keeps any NaN. Infinities have NaN for further parts: whatever they meet comes out
-  // as no number, too.
+  // Takes part p off `rest` and gives it in the upper halves of the lanes, rounded to nearest:
+  // parts that are left over are half as large as if it were cut off. A last one of three needs no
+  // rounding, and keeps any NaN. Infinities have NaN for further parts: whatever they meet comes
+  // out as no number, too.
   static WEIGHTOPS_INLINE Bits take(Bits& rest, int p) {
     if (p == 2) return rest & 0xffff0000u;
     if (p + 1 == Parts) {

@@ -34,8 +34,7 @@ struct Source {
   // `count` values of row i from column j on, where they lie or in `scratch`.
   WEIGHTOPS_INLINE const Sum* row(int term, int64_t i, int64_t j, int64_t count,
                                   Sum* scratch) const {
-    if (kind != Kind::same || coeffs || scale)
-      return reader(*this, term, i, j, count, scratch);
+    if (kind != Kind::same || coeffs || scale) return reader(*this, term, i, j, count, scratch);
     if (starts) i += starts[term];
     return static_cast<const Sum*>(data) + term * term_stride + (order ? order[i] : i) * stride + j;
   }
@@ -137,8 +136,7 @@ WEIGHTOPS_INLINE void pack_rows(const Source<typename Kernel::Sum>& source, int 
   using Arithmetic = typename Kernel::Arithmetic;
   if (source.lies == Lies::along) {
     for (int64_t r = 0; r < count; ++r)
-      Kernel::pack_row(block, r, 0,
-                       source.row(term, i + r, d, length, scratch), length);
+      Kernel::pack_row(block, r, 0, source.row(term, i + r, d, length, scratch), length);
     return;
   }
   typename Kernel::Sum* turned = scratch + kScratch;
@@ -153,8 +151,7 @@ WEIGHTOPS_INLINE void pack_rows(const Source<typename Kernel::Sum>& source, int 
 template <class Kernel>
 WEIGHTOPS_INLINE void pack_columns(const Source<typename Kernel::Sum>& source, int term, int64_t i,
                                    int64_t count, int64_t d, int64_t length,
-                                   typename Kernel::Packed* panel,
-                                   typename Kernel::Sum* scratch) {
+                                   typename Kernel::Packed* panel, typename Kernel::Sum* scratch) {
   using Arithmetic = typename Kernel::Arithmetic;
   using Sum = typename Kernel::Sum;
   constexpr int lanes = Kernel::lanes;

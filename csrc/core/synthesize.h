@@ -62,8 +62,7 @@ struct Streams {
   static WEIGHTOPS_INLINE void synthesize(const Synthesis<T, Sum>& job, int64_t begin,
                                           int64_t end) {
     for (int64_t block = begin; block < end; block += kBlock)
-      for (int64_t g = 0; g < job.points; ++g)
-        one(job, g, block, std::min(block + kBlock, end));
+      for (int64_t g = 0; g < job.points; ++g) one(job, g, block, std::min(block + kBlock, end));
   }
 
   static WEIGHTOPS_INLINE void descend(const Descent<T, Sum>& job, int64_t begin, int64_t end,
@@ -171,14 +170,15 @@ struct Streams {
   }
 };
 
-#define WEIGHTOPS_STREAMS_ENTRY(isa, attribute, bytes)                                            \
-  template <class T, class Sum>                                                                   \
-  attribute void synthesize_##isa(const Synthesis<T, Sum>& job, int64_t begin, int64_t end) {     \
-    Streams<T, Sum, bytes>::synthesize(job, begin, end);                                          \
-  }                                                                                               \
-  template <class T, class Sum>                                                                   \
-  attribute void descend_##isa(const Descent<T, Sum>& job, int64_t begin, int64_t end, Sum* dots) { \
-    Streams<T, Sum, bytes>::descend(job, begin, end, dots);                                       \
+#define WEIGHTOPS_STREAMS_ENTRY(isa, attribute, bytes)                                        \
+  template <class T, class Sum>                                                               \
+  attribute void synthesize_##isa(const Synthesis<T, Sum>& job, int64_t begin, int64_t end) { \
+    Streams<T, Sum, bytes>::synthesize(job, begin, end);                                      \
+  }                                                                                           \
+  template <class T, class Sum>                                                               \
+  attribute void descend_##isa(const Descent<T, Sum>& job, int64_t begin, int64_t end,        \
+                               Sum* dots) {                                                   \
+    Streams<T, Sum, bytes>::descend(job, begin, end, dots);                                   \
   }
 WEIGHTOPS_STREAMS_ENTRY(generic, , 16)
 #if WEIGHTOPS_X86

@@ -50,9 +50,9 @@ void check(const Tensor& x, const Tensor& coeffs, const std::optional<Tensor>& i
                     items, " items");
     return;
   }
-  STD_TORCH_CHECK(index->dim() == 1 && index->size(0) == items &&
-                      index->scalar_type() == ScalarType::Long,
-                  "manifold: index must be int64 of the items' number");
+  STD_TORCH_CHECK(
+      index->dim() == 1 && index->size(0) == items && index->scalar_type() == ScalarType::Long,
+      "manifold: index must be int64 of the items' number");
 }
 
 const int64_t* contexts(const std::optional<Tensor>& index, int64_t count) {
@@ -91,18 +91,18 @@ Convolution<Sum> convolution(const Tensor& x, const Tensor& coeffs,
   STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 5 && geometry.size() == 7,
                   "manifold: x and the weights are no images and taps");
   const int64_t groups = geometry[6];
-  STD_TORCH_CHECK(groups > 0 && x.size(1) == groups * weight.size(2) &&
-                      weight.size(1) % groups == 0,
-                  "manifold: the channels do not fit the groups");
+  STD_TORCH_CHECK(
+      groups > 0 && x.size(1) == groups * weight.size(2) && weight.size(1) % groups == 0,
+      "manifold: the channels do not fit the groups");
   manifold::Planes planes{x.size(2),
-                            x.size(3),
-                            0,
-                            0,
-                            weight.size(3),
-                            weight.size(4),
-                            {geometry[0], geometry[1]},
-                            {geometry[2], geometry[3]},
-                            {geometry[4], geometry[5]}};
+                          x.size(3),
+                          0,
+                          0,
+                          weight.size(3),
+                          weight.size(4),
+                          {geometry[0], geometry[1]},
+                          {geometry[2], geometry[3]},
+                          {geometry[4], geometry[5]}};
   const auto size = [&](int64_t length, int64_t taps, int d) {
     return (length + 2 * planes.padding[d] - planes.dilation[d] * (taps - 1) - 1) /
                planes.stride[d] +
@@ -147,19 +147,19 @@ Tensor forward(const Tensor& x, const Tensor& coeffs, const std::optional<Tensor
     return run(problem, torch::stable::new_empty(x, {x.size(0), x.size(1), problem.out}));
   }
   const auto problem = convolution<Sum>(x, coeffs, index, weight, geometry, precision);
-  return run(problem, torch::stable::new_empty(
-                          x, {x.size(0), problem.groups * problem.out, problem.planes.out_height,
-                              problem.planes.out_width}));
+  return run(problem,
+             torch::stable::new_empty(x, {x.size(0), problem.groups * problem.out,
+                                          problem.planes.out_height, problem.planes.out_width}));
 }
 
 Tensor manifold_contract(const Tensor& x, const Tensor& coeffs, const std::optional<Tensor>& index,
                          const Tensor& weight, const std::optional<Tensor>& shift,
                          const std::vector<int64_t>& geometry, const std::string& precision) {
   check(x, coeffs, index, weight);
-  STD_TORCH_CHECK(!shift || (shift->dim() == 2 && shift->size(0) == coeffs.size(0) &&
-                             shift->size(1) == weight.size(1) &&
-                             shift->scalar_type() == coeffs.scalar_type()),
-                  "manifold: shift does not fit the contexts");
+  STD_TORCH_CHECK(
+      !shift || (shift->dim() == 2 && shift->size(0) == coeffs.size(0) &&
+                 shift->size(1) == weight.size(1) && shift->scalar_type() == coeffs.scalar_type()),
+      "manifold: shift does not fit the contexts");
   const auto run = x.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
   return run(torch::stable::contiguous(x), torch::stable::contiguous(coeffs), dense(index),
              torch::stable::contiguous(weight), dense(shift), geometry, precision);

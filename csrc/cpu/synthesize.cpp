@@ -25,9 +25,8 @@ void check(const char* name, const Tensor& coeffs, const Tensor& bases) {
   STD_TORCH_CHECK(coeffs.dim() == 2 && bases.dim() == 2 && coeffs.size(1) == bases.size(0), name,
                   ": coeffs do not fit the bases");
   const ScalarType type = bases.scalar_type();
-  STD_TORCH_CHECK(
-      coeffs.scalar_type() == (type == ScalarType::Double ? type : ScalarType::Float), name,
-      ": coeffs must be of the dtype of the sums");
+  STD_TORCH_CHECK(coeffs.scalar_type() == (type == ScalarType::Double ? type : ScalarType::Float),
+                  name, ": coeffs must be of the dtype of the sums");
 }
 
 void synthesize_into(const Tensor& coeffs, const Tensor& bases, const Tensor& out) {
