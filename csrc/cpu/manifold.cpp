@@ -110,6 +110,9 @@ Convolution<Sum> convolution(const Tensor& x, const Tensor& coeffs,
   };
   planes.out_height = size(planes.height, planes.tap_height, 0);
   planes.out_width = size(planes.width, planes.tap_width, 1);
+  // A stride beyond the image is never taken.
+  planes.stride[0] = std::min(planes.stride[0], planes.height + 2 * planes.padding[0]);
+  planes.stride[1] = std::min(planes.stride[1], planes.width + 2 * planes.padding[1]);
   STD_TORCH_CHECK(planes.out_height > 0 && planes.out_width > 0,
                   "manifold: the taps are larger than the images");
   return {planes,

@@ -64,7 +64,7 @@ Tensor synthesize(const Tensor& coeffs, const Tensor& bases) {
   return out;
 }
 
-Tensor synthesize_update(const Tensor& bases, const Tensor& grad, const Tensor& coeffs,
+Tensor synthesize_update(const Tensor& bases, const Tensor& grad, const Tensor&,
                          const Tensor& step) {
   check("synthesize_update", step, bases);
   STD_TORCH_CHECK(grad.dim() == 2 && grad.size(1) == bases.size(1) &&

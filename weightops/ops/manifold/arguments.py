@@ -174,6 +174,11 @@ def geometry(
                 f"{where}: weight's kernel {list(kernel)} with dilation {dilations} is larger than "
                 f"x's {list(pixels)} with padding {paddings}"
             )
+    padded = prod(n + 2 * p for n, p in zip(pixels, paddings))
+    if padded >= 2**31:
+        raise ValueError(
+            f"{where}: padding {paddings} makes images of {padded} pixels, and at most 2^31 - 1 can be"
+        )
     if axes == 1:
         strides, paddings, dilations = [1, *strides], [0, *paddings], [1, *dilations]
     return [*strides, *paddings, *dilations, groups], beyond
