@@ -31,49 +31,67 @@ struct Few {
   using Vector = typename Arithmetic::Vector;
   static constexpr int lanes = Arithmetic::lanes;
 
-  // `scaled` are coeffs[r, k] x[r], [row, basis, in].
-  template <int rows>
+  static constexpr int height = 4;
+
+  // Rows four at a time: what the others have read of the bases lies in the caches.
   static WEIGHTOPS_INLINE void forward(const FewJob<Sum>& job, const Sum* scaled, int64_t begin,
                                        int64_t end) {
-    constexpr int height = 4;
-    Sum scratch[height * kStretch];
-    for (int64_t o = begin; o < end; o += height) {
-      const int64_t count = std::min<int64_t>(height, end - o);
-      Vector sum[rows][height] = {};
-      Sum rest[rows][height] = {};
-      for (int64_t k = 0; k < job.bases; ++k)
-        for (int64_t i = 0; i < job.in; i += kStretch) {
-          const int64_t stretch = std::min(kStretch, job.in - i);
-          const Sum* weight[height];
-          for (int q = 0; q < height; ++q)
-            weight[q] = job.weight.row(k, std::min(o + q, o + count - 1), i, stretch,
-                                       scratch + q * kStretch);
-          const Sum* x = scaled + k * job.in + i;
-          const int64_t stride = job.bases * job.in;
-          int64_t c = 0;
-          for (; c + lanes <= stretch; c += lanes) {
-            Vector w[height];
-#pragma GCC unroll 4
-            for (int q = 0; q < height; ++q) w[q] = Arithmetic::load(weight[q] + c);
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; ++r) {
-              const Vector value = Arithmetic::load(x + r * stride + c);
-#pragma GCC unroll 4
-              for (int q = 0; q < height; ++q) sum[r][q] += value * w[q];
-            }
-          }
-          for (; c < stretch; ++c)
-            for (int r = 0; r < rows; ++r)
-              for (int q = 0; q < height; ++q) rest[r][q] += x[r * stride + c] * weight[q][c];
-        }
-      for (int r = 0; r < rows; ++r)
-        for (int q = 0; q < count; ++q) {
-          const Sum plus = job.shift ? job.shift[r * job.out + o + q] : Sum(0);
-          job.y[r * job.out + o + q] = plus + rest[r][q] + Arithmetic::total(sum[r][q]);
-        }
-    }
+    for (int64_t o = begin; o < end; o += height)
+      for (int64_t r = 0; r < job.rows; r += 4) {
+        const int64_t left = job.rows - r, last = std::min(o + height, end);
+        if (left == 1)
+          forward<1>(job, r, scaled, o, last);
+        else if (left == 2)
+          forward<2>(job, r, scaled, o, last);
+        else if (left == 3)
+          forward<3>(job, r, scaled, o, last);
+        else
+          forward<4>(job, r, scaled, o, last);
+      }
   }
 
+ private:
+  // `scaled` are coeffs[r, k] x[r], [row, basis, in].
+  template <int rows>
+  static WEIGHTOPS_INLINE void forward(const FewJob<Sum>& job, int64_t row, const Sum* scaled,
+                                       int64_t o, int64_t end) {
+    Sum scratch[height * kStretch];
+    const int64_t count = std::min<int64_t>(height, end - o);
+    Vector sum[rows][height] = {};
+    Sum rest[rows][height] = {};
+    for (int64_t k = 0; k < job.bases; ++k)
+      for (int64_t i = 0; i < job.in; i += kStretch) {
+        const int64_t stretch = std::min(kStretch, job.in - i);
+        const Sum* weight[height];
+        for (int q = 0; q < height; ++q)
+          weight[q] =
+              job.weight.row(k, std::min(o + q, o + count - 1), i, stretch, scratch + q * kStretch);
+        const Sum* x = scaled + (row * job.bases + k) * job.in + i;
+        const int64_t stride = job.bases * job.in;
+        int64_t c = 0;
+        for (; c + lanes <= stretch; c += lanes) {
+          Vector w[height];
+#pragma GCC unroll 4
+          for (int q = 0; q < height; ++q) w[q] = Arithmetic::load(weight[q] + c);
+#pragma GCC unroll 4
+          for (int r = 0; r < rows; ++r) {
+            const Vector value = Arithmetic::load(x + r * stride + c);
+#pragma GCC unroll 4
+            for (int q = 0; q < height; ++q) sum[r][q] += value * w[q];
+          }
+        }
+        for (; c < stretch; ++c)
+          for (int r = 0; r < rows; ++r)
+            for (int q = 0; q < height; ++q) rest[r][q] += x[r * stride + c] * weight[q][c];
+      }
+    for (int r = 0; r < rows; ++r)
+      for (int q = 0; q < count; ++q) {
+        const Sum plus = job.shift ? job.shift[(row + r) * job.out + o + q] : Sum(0);
+        job.y[(row + r) * job.out + o + q] = plus + rest[r][q] + Arithmetic::total(sum[r][q]);
+      }
+  }
+
+ public:
   // Adds to to_x and dots, which are the caller's own.
   static WEIGHTOPS_INLINE void backward(const FewJob<Sum>& job, int64_t begin, int64_t end,
                                         Sum* to_x, Sum* dots) {
@@ -113,11 +131,7 @@ struct Few {
   template <class Sum>                                                                             \
   attribute void few_forward_##isa(const FewJob<Sum>& job, const Sum* scaled, int64_t begin,       \
                                    int64_t end) {                                                  \
-    using Kernel = Few<Simd<Sum, bytes>, Sum>;                                                     \
-    if (job.rows == 1) return Kernel::template forward<1>(job, scaled, begin, end);                \
-    if (job.rows == 2) return Kernel::template forward<2>(job, scaled, begin, end);                \
-    if (job.rows == 3) return Kernel::template forward<3>(job, scaled, begin, end);                \
-    Kernel::template forward<4>(job, scaled, begin, end);                                          \
+    Few<Simd<Sum, bytes>, Sum>::forward(job, scaled, begin, end);                                  \
   }                                                                                                \
   template <class Sum>                                                                             \
   attribute void few_backward_##isa(const FewJob<Sum>& job, int64_t begin, int64_t end, Sum* to_x, \

@@ -49,10 +49,10 @@ Groups group(const Linear<Sum>& problem) {
 }
 
 template <class Sum>
-Regime regime_of(const Linear<Sum>& problem, const Groups& groups) {
+Regime regime_of(const Linear<Sum>& problem, const Groups& groups, bool backward) {
   std::vector<int64_t> sizes;
   for (int64_t g = 0; g < groups.count(); ++g) sizes.push_back(groups.size(g));
-  return choose(problem.rows(), problem.bases, problem.parts, sizes);
+  return choose(problem.rows(), problem.bases, problem.parts, sizes, backward);
 }
 
 template <class Sum>
@@ -112,7 +112,7 @@ void apply(const Linear<Sum>& problem, const Groups* groups, bool transpose, con
          contexts.data(),
          0});
   }
-  run(job, problem.parts, problem.threads, team);
+  run(job, parts_for(problem.rows(), problem.parts), problem.threads, team);
 }
 
 // A tensor's numbers as sums, for so few rows that a copy is nothing.
@@ -148,7 +148,7 @@ void forward(const Linear<Sum>& problem, const void* x, const Sum* shift, void* 
     return;
   }
   const Groups groups = group(problem);
-  const Regime regime = regime_of(problem, groups);
+  const Regime regime = regime_of(problem, groups, false);
   if (regime == Regime::few_rows) {
     const auto values = widened<Sum>(x, problem.kind, problem.rows() * problem.in),
                coeffs = by_row(problem, problem.coeffs, problem.bases);
@@ -180,7 +180,7 @@ void backward(const Linear<Sum>& problem, const void* x, const void* grad, void*
         to_coeffs[problem.context_of(row / problem.rows_each) * bases + k] += dots[row * bases + k];
   };
   const Groups groups = group(problem);
-  const Regime regime = regime_of(problem, groups);
+  const Regime regime = regime_of(problem, groups, true);
   if (regime == Regime::few_rows) {
     const auto values = widened<Sum>(x, problem.kind, problem.rows() * problem.in),
                grads = widened<Sum>(grad, problem.kind, problem.rows() * problem.out),
@@ -224,7 +224,7 @@ void backward(const Linear<Sum>& problem, const void* x, const void* grad, void*
                       coeffs.data(),
                       weight,
                       to_coeffs ? dots.data() : nullptr},
-        problem.parts, problem.threads, team);
+        parts_for(problem.rows(), problem.parts), problem.threads, team);
     if (to_coeffs)
       for (int64_t g = 0; g < groups.count(); ++g)
         std::copy_n(dots.data() + g * bases, bases, to_coeffs + groups.ids[g] * bases);
@@ -254,7 +254,7 @@ void backward(const Linear<Sum>& problem, const void* x, const void* grad, void*
                       nullptr,
                       weight,
                       nullptr},
-        problem.parts, problem.threads, team);
+        parts_for(problem.rows(), problem.parts), problem.threads, team);
   }
 }
 

@@ -24,13 +24,16 @@ inline int parts_available(int parts) {
   return 0;
 }
 
-// `parts` bfloat16 stand for a number (0: multiply-adds in vectors); rows of equal context are as
-// many as `groups` says. Packing a weight costs as much as multiplying it by `pack` rows, adding a
-// basis to it as much as by `blend`.
-inline Regime choose(int64_t rows, int64_t bases, int parts, const std::vector<int64_t>& groups) {
-  constexpr int64_t kFew = 4;
-  if (rows <= kFew) return Regime::few_rows;
-  parts = parts_available(parts);
+// How many bfloat16 a number is split into for so many rows, of `parts` asked for: 0 where there
+// are no tiles for them, or the rows would leave most of a tile empty.
+inline int parts_for(int64_t rows, int parts) { return rows <= 16 ? 0 : parts_available(parts); }
+
+// Rows of equal context are as many as `groups` says. Packing a weight costs as much as multiplying
+// it by `pack` rows, adding a basis to it as much as by `blend`.
+inline Regime choose(int64_t rows, int64_t bases, int parts, const std::vector<int64_t>& groups,
+                     bool backward) {
+  if (rows <= (backward ? 2 : 8)) return Regime::few_rows;
+  parts = parts_for(rows, parts);
   const int64_t pack = parts == 0 ? 10 : parts == 3 ? 32 : parts == 2 ? 48 : 80;
   const int64_t blend = parts == 0 ? 3 : pack / 4, height = parts == 0 ? 14 : 32;
   const auto whole = [&](int64_t count) { return (count + height - 1) / height * height; };

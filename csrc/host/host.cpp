@@ -78,7 +78,8 @@ PYBIND11_MODULE(_host, m, py::mod_gil_not_used()) {
       "manifold_regime",
       [](int64_t rows, int64_t bases, int parts, const std::vector<int64_t>& groups) {
         using namespace weightops::manifold;
-        return py::make_tuple(name_of(choose(rows, bases, parts, groups)), parts_available(parts));
+        return py::make_tuple(name_of(choose(rows, bases, parts, groups, false)),
+                              parts_for(rows, parts));
       },
       py::arg("rows"), py::arg("bases"), py::arg("parts"), py::arg("groups"));
 }
