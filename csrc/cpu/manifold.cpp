@@ -196,8 +196,7 @@ std::tuple<Tensor, Tensor, Tensor> manifold_contract_backward(
   Tensor to_x = room(need_x, x), to_coeffs = room(need_coeffs, coeffs),
          to_weight = room(need_weight, weight);
   if (grad.numel() == 0 || x.numel() == 0 || weight.numel() == 0) {
-    for (Tensor* each : {&to_x, &to_coeffs, &to_weight})
-      std::memset(each->mutable_data_ptr(), 0, each->numel() * each->element_size());
+    for (Tensor* each : {&to_x, &to_coeffs, &to_weight}) torch::stable::zero_(*each);
     return {to_x, to_coeffs, to_weight};
   }
   const auto run = x.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
