@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import torch
@@ -175,7 +174,9 @@ def geometry(
                 f"{where}: weight's kernel {list(kernel)} with dilation {dilations} is larger than "
                 f"x's {list(pixels)} with padding {paddings}"
             )
-    padded = prod(n + 2 * p for n, p in zip(pixels, paddings))
+    padded = 1  # a loop: torch.compile traces no generator of symbols
+    for n, p in zip(pixels, paddings):
+        padded *= n + 2 * p
     if padded >= 2**31:
         raise ValueError(
             f"{where}: padding {paddings} makes images of {padded} pixels, and at most 2^31 - 1 can be"
