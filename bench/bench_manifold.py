@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from itertools import product
 
 import manifold_peers as peers
@@ -177,6 +178,8 @@ def test_one_context(
 @pytest.mark.parametrize("implementation", [*peers.CONVOLUTIONS])
 @pytest.mark.parametrize("passes", PASSES)
 def test_convolution(passes: str, implementation: str, measure, benchmark, device) -> None:
+    if implementation == "condconv" and find_spec("timm") is None:
+        pytest.skip("timm is not installed")
     problem = memory.PROBLEM
     benchmark.group = f"manifold conv {problem} {passes}"
     x, coeffs, weight, _, _ = problem.make(device)

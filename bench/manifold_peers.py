@@ -6,7 +6,6 @@ Layers are functions of inputs, coefficients [B, K] and bases, without biases.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -157,7 +156,7 @@ CONVOLUTIONS: dict[str, Callable[[ManifoldConv], Layer]] = {
     "vmap": vmapped,
     "scaled-channels": scaled_channels,
     "wide": wide_convolution,
-    **({"condconv": condconv} if find_spec("timm") else {}),
+    "condconv": condconv,
 }
 # The bases as who multiplies by them often would keep them.
 PREPARED: dict[str, Callable[[Tensor], Tensor]] = {
