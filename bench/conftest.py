@@ -26,9 +26,14 @@ def device() -> str:
 
 @pytest.fixture
 def measure(benchmark, device):
-    """``measure(f, bytes, flops)`` times ``f`` and records the floor measured in this run."""
+    """``measure(f, bytes, flops, dtype)`` times ``f`` and records the floor measured in this run."""
 
-    def run(f, bytes_moved: int | None = None, flops: int = 0) -> None:
+    def run(
+        f, bytes_moved: int | None = None, flops: int = 0, dtype: torch.dtype = torch.float32
+    ) -> None:
+        if benchmark.disabled:
+            benchmark.pedantic(f)
+            return
         rounds = max(5, min(300, int(1 / (best_time(f, 0.0) + 1e-7))))
         benchmark.pedantic(f, rounds=rounds, warmup_rounds=2)
         took = benchmark.stats.stats.min
@@ -39,7 +44,7 @@ def measure(benchmark, device):
         if bytes_moved:
             floor = bytes_moved / floors.copy_bandwidth(bytes_moved, device)
             if flops:
-                floor = max(floor, flops / floors.flop_rate(device))
+                floor = max(floor, flops / floors.flop_rate(device, dtype))
             benchmark.extra_info.update(
                 bytes=bytes_moved,
                 gb_per_s=round(bytes_moved / took / 1e9, 2),

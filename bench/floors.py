@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from timing import seconds
+from timing import matmul_precision, seconds
 
 
 @cache
@@ -17,12 +17,13 @@ def copy_bandwidth(bytes_moved: int, device: str = "cpu") -> float:
 
 
 @cache
-def flop_rate(device: str = "cpu") -> float:
-    """Operations per second of ``torch.mm`` in float32, the best of three sizes."""
+def flop_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """Operations per second of ``torch.mm`` at its default precision, the best of three sizes."""
 
     def rate(n: int) -> float:
-        a, b = torch.ones(2, n, n, device=device)
+        a, b = torch.ones(2, n, n, device=device, dtype=dtype)
         out = torch.empty_like(a)
         return 2 * n**3 / seconds(lambda: torch.mm(a, b, out=out), device)
 
-    return max(map(rate, (512, 1024, 2048)))
+    with matmul_precision("highest"):
+        return max(map(rate, (512, 1024, 2048)))

@@ -10,50 +10,24 @@ import argparse
 import json
 import platform
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+from goals import (
+    CALL_GOAL_US,
+    EXTRA_MEMORY_GOAL,
+    GOALS,
+    LAYER_CALL_GOAL_US,
+    WARM_GOAL,
+    against,
+)
+
 FLOORS = ("copy_", "clone")
-# group -> (most times over the floor, least times faster than the best peer)
-GOALS: dict[str, tuple[float | None, float | None]] = {
-    "permute_axes 64x128x128": (2.0, 4.0),
-    "permute_axes 8x512x512": (2.0, 4.0),
-    "permute_axes 8x2048x2048": (1.3, 4.0),
-    "permute_axes 64x512x512": (1.8, 1.8),
-    "permute_axes 8x512x512x3x3": (2.8, 2.2),
-    "permute vgg16x1": (1.8, 8.0),
-    "permute resnet20x1": (3.0, 4.0),
-    "merge 8x2048x2048x8": (1.6, None),
-    **{
-        f"assign {family}-64x{n}": (None, 1.0)
-        for family in ("gram", "uniform")
-        for n in (64, 256, 512, 1024)
-    },
-}
-for _space, _forward in (
-    ("mlp", 1.6),
-    ("transformer", 1.6),
-    ("cnn", 2.0),
-    ("rnn", 2.0),
-    ("gru", 2.0),
-):
-    for _layer in ("16->16 B=8", "32->32 B=8", "16->16 B=32"):
-        GOALS[f"equivariant {_space} {_layer} forward"] = (_forward, None)
-        GOALS[f"equivariant {_space} {_layer} forward+backward"] = (1.8, None)
-for _space in ("mlp 64-32-10", "cnn 1-16-32", "rnn 32-128-32"):
-    GOALS[f"equivariant {_space} 32->1, 32 particles"] = (3.0, None)
-# space -> peer -> how many times faster
-AGAINST = {
-    "mlp": {"per-term": 10.0, "per-term-compiled": 10.0, "nfn": 6.0},
-    "cnn": {"nfn": 6.0},
-    "transformer": {"per-term": 10.0},
-    "rnn": {"per-term": 20.0, "per-term-compiled": 20.0},
-    "gru": {"per-term": 20.0},
-    "stack": {"singly": 1.25},
-}
-LAYER_CALL_GOAL_US = 60.0
-WARM_GOAL = 4.0  # times faster than cold, on Grams of 256 and more
-CALL_GOAL_US = 25.0  # over the copy
+# What stands beside a problem without solving it, or solves it at another precision.
+NO_PEERS = ("weightops*", "medium-*", "read*", "write", "F.linear", *FLOORS)
+HEADINGS = {"equivariant": "Equivariant layers", "manifold": "Weight manifolds"}
 
 
 @dataclass(frozen=True)
@@ -62,14 +36,14 @@ class Row:
 
     work: str
     ours: float
-    iqr: float
-    floor: float | None
-    over_floor: float | None
-    peer: str | None
-    peer_ms: float | None
-    times_faster: float | None
-    goal: str
-    met: bool | None
+    iqr: float | None
+    floor: float | None = None
+    over_floor: float | None = None
+    peer: str | None = None
+    peer_ms: float | None = None
+    times_faster: float | None = None
+    goal: str = ""
+    met: bool | None = None
 
 
 def rows_of(benchmarks: list[dict]) -> list[Row]:
@@ -92,39 +66,25 @@ def _rows(name: str, members: dict[str, dict]) -> list[Row]:
     time, iqr = _ms(ours), _ms(ours, "iqr")
     if name == "permute call":
         over = 1e3 * time - ours["extra_info"]["copy_us"]
-        return [
-            Row(f"{name}, over the copy", over / 1e3, iqr, None, None, None, None, None,
-                f"<= {CALL_GOAL_US:g} us", over <= CALL_GOAL_US)
-        ]  # fmt: skip
+        what = f"{name}, over the copy"
+        goal = f"<= {CALL_GOAL_US:g} us"
+        return [Row(what, over / 1e3, iqr, goal=goal, met=over <= CALL_GOAL_US)]
     if name == "equivariant call":
-        return [
-            Row(name, time, iqr, None, None, None, None, None, f"<= {LAYER_CALL_GOAL_US:g} us",
-                1e3 * time <= LAYER_CALL_GOAL_US)
-        ]  # fmt: skip
+        goal = f"<= {LAYER_CALL_GOAL_US:g} us"
+        return [Row(name, time, iqr, goal=goal, met=1e3 * time <= LAYER_CALL_GOAL_US)]
     if name == "equivariant 32 particles":
         return [
-            Row(f"{name}, own theta, {what}", time, iqr, None, None, peer, _ms(members[peer]),
-                _ms(members[peer]) / time, goal, met(_ms(members[peer]) / time))
+            _faster(f"{name}, own theta, {what}", ours, members, peer, goal, met)
             for peer, what, goal, met in (
                 ("shared-theta", "against shared", ">= 0.33 x", lambda gain: gain >= 1 / 3),
                 ("python-loop", "against a loop", ">= 15 x", lambda gain: gain >= 15),
             )
-        ]  # fmt: skip
-    floor = ours["extra_info"].get("floor_ms") if name.startswith("equivariant") else None
-    if name.startswith("merge") and "read" in members:
-        floor = _ms(members["read"]) + _ms(members["write"])
-    for candidate in FLOORS:
-        if candidate in members and floor is None:
-            floor = _ms(members[candidate])
-    no_peers = ("weightops", "read", "write", *FLOORS)
-    peers = {
-        k: _ms(v)
-        for k, v in members.items()
-        if k not in no_peers and not k.startswith("weightops-")
-    }
-    peer = min(peers, key=lambda k: peers[k]) if peers else None
+        ]
+    floor = _floor(name, members)
     over_floor = time / floor if floor else None
-    faster = peers[peer] / time if peer else None
+    peer = _best(members, ("*",), NO_PEERS)
+    peer_ms = _ms(members[peer]) if peer else None
+    faster = peer_ms / time if peer_ms else None
     most, least = GOALS.get(name, (None, None))
     met = None
     if most is not None or least is not None:
@@ -136,28 +96,14 @@ def _rows(name: str, members: dict[str, dict]) -> list[Row]:
         for value, text in ((most, f"<= {most} x floor"), (least, f">= {least} x peer"))
         if value is not None
     )
-    rows = [
-        Row(
-            name,
-            time,
-            iqr,
-            floor,
-            over_floor,
-            peer,
-            peers[peer] if peer else None,
-            faster,
-            goal,
-            met,
-        )
-    ]
-    against = AGAINST.get(name.split()[1], {}) if name.startswith("equivariant") else {}
-    for other, wanted in against.items():
-        if other in members:
-            gain = _ms(members[other]) / time
+    rows = [Row(name, time, iqr, floor, over_floor, peer, peer_ms, faster, goal, met)]
+    for other in against(name):
+        peer = _best(members, other.peers)
+        if peer and other.ours in members:
+            mine = members[other.ours]
             rows.append(
-                Row(f"{name}, against {other}", time, iqr, None, None, other, _ms(members[other]), gain,
-                    f">= {wanted:g} x", gain >= wanted)
-            )  # fmt: skip
+                _faster(f"{name}, {other.what}", mine, members, peer, other.goal, other.met)
+            )
     for variant, what in (
         ("weightops-streamed-copy", "nothing permuted"),
         ("weightops-products", "torch.mm of its types and a read alone"),
@@ -165,21 +111,82 @@ def _rows(name: str, members: dict[str, dict]) -> list[Row]:
         ("weightops-useless-duals", "useless duals, against cold"),
     ):
         if variant in members:
-            gain = time / _ms(members[variant])
-            wanted = (
-                WARM_GOAL
-                if "warm" in variant and "gram" in name and not name.endswith("x64")
-                else None
-            )
+            large_gram = "gram" in name and not name.endswith("x64")
+            wanted = WARM_GOAL if "warm" in variant and large_gram else None
             rows.append(
-                Row(f"{name}, {what}", _ms(members[variant]), _ms(members[variant], "iqr"), None, None,
-                    "weightops", time, gain, f">= {wanted} x" if wanted else "",
-                    gain >= wanted if wanted else None)
+                _faster(f"{name}, {what}", members[variant], members, "weightops",
+                        f">= {wanted} x" if wanted else "",
+                        lambda gain, wanted=wanted: gain >= wanted if wanted else None)
             )  # fmt: skip
-    return rows
+    return rows + _memory_rows(name, members)
+
+
+def _floor(name: str, members: dict[str, dict]) -> float | None:
+    """Milliseconds of what no implementation can go without."""
+    counted = members["weightops"]["extra_info"].get("floor_ms")
+    if name.startswith("equivariant") and counted is not None:
+        return counted
+    reads = [_ms(each) for key, each in members.items() if key.startswith("read")]
+    if reads:
+        return min(reads) + (_ms(members["write"]) if "write" in members else 0)
+    for key in FLOORS:
+        if key in members:
+            return _ms(members[key])
+    return counted if name.startswith("manifold") else None
+
+
+def _best(
+    members: dict[str, dict], patterns: tuple[str, ...], but: tuple[str, ...] = ()
+) -> str | None:
+    def fits(key: str, patterns: tuple[str, ...]) -> bool:
+        return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+    found = [key for key in members if fits(key, patterns) and not fits(key, but)]
+    return min(found, key=lambda key: _ms(members[key]), default=None)
+
+
+def _faster(
+    what: str,
+    ours: dict,
+    members: dict[str, dict],
+    peer: str,
+    goal: str,
+    met: Callable[[float], bool | None],
+) -> Row:
+    time, other = _ms(ours), _ms(members[peer])
+    return Row(what, time, _ms(ours, "iqr"), peer=peer, peer_ms=other,
+               times_faster=other / time, goal=goal, met=met(other / time))  # fmt: skip
+
+
+def _memory_rows(name: str, members: dict[str, dict]) -> list[Row]:
+    """Memory in MiB where other rows have milliseconds."""
+    ours, theirs = (
+        members.get(key, {"extra_info": {}})["extra_info"].get("extra_bytes")
+        for key in ("weightops", "condconv")
+    )
+    if ours is None or theirs is None:
+        return []
+    share = max(ours, 0) / theirs
+    return [
+        Row(f"{name}, extra memory in MiB, against condconv", ours / 2**20, None, peer="condconv",
+            peer_ms=theirs / 2**20, times_faster=1 / share if share else None,
+            goal=f"<= {EXTRA_MEMORY_GOAL:g} x its memory", met=share <= EXTRA_MEMORY_GOAL)
+    ]  # fmt: skip
 
 
 def markdown(rows: list[Row]) -> str:
+    """A table, and one under a heading of its own for each family that has one."""
+    families = {"": [row for row in rows if row.work.split()[0] not in HEADINGS]}
+    for family in HEADINGS:
+        families[family] = [row for row in rows if row.work.split()[0] == family]
+    return "\n\n".join(
+        (f"### {HEADINGS[family]}\n\n" if family else "") + _table(members)
+        for family, members in families.items()
+        if members
+    )
+
+
+def _table(rows: list[Row]) -> str:
     def number(value: float | None, digits: int = 3) -> str:
         return "" if value is None else f"{value:.{digits}g}"
 

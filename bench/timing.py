@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -33,3 +34,14 @@ def event_seconds(f: Callable[[], Any], rounds: int = 50) -> float:
 
 def seconds(f: Callable[[], Any], device: str) -> float:
     return event_seconds(f) if device == "cuda" else best_time(f, 0.3)
+
+
+@contextmanager
+def matmul_precision(setting: str) -> Iterator[None]:
+    """torch's precision of float32 products, for a while."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

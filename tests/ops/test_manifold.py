@@ -547,5 +547,9 @@ def test_problems_count_the_fewest_operations() -> None:
     # A weight of a convolution is used at every pixel, so one of its own pays for every sample.
     assert ManifoldConv("per-sample", 2, 4, 5, 6).flops == 2 * 2 * (36 + 3) * 4 * 5 * 9
     assert ManifoldLinear("shared", 8, 16, 32).bytes == 4 * (8 * 48 + 3 * 512)
+    assert ManifoldLinear("shared", 8, 16, 32).backward_bytes == 4 * (8 * 64 + 6 * 512)
+    conv = ManifoldConv("shared", 2, 4, 5, 6, dtype=torch.float64)
+    assert conv.backward_bytes == 8 * (2 * 13 * 36 + 6 * 20 * 9)
     assert Synthesize(10, 3, 2).bytes == 4 * 50
+    assert str(conv).endswith(" K=3 float64")
     assert testing.Synthesize is Synthesize

@@ -47,6 +47,14 @@ def _fewest(problem: ManifoldLinear | ManifoldConv, weights: int, uses: int) -> 
     return min(2 * problem.batch * problem.bases * uses, 2 * problem.batch * uses + synthesis)
 
 
+def _contexts(problem: ManifoldLinear | ManifoldConv) -> str:
+    return f"{problem.groups} contexts" if problem.regime == "grouped" else problem.regime
+
+
+def _unless_float32(dtype: torch.dtype) -> str:
+    return "" if dtype == torch.float32 else f" {str(dtype).removeprefix('torch.')}"
+
+
 @dataclass(frozen=True)
 class ManifoldLinear:
     """``manifold_linear`` of a batch with one of the :data:`REGIMES`; ``groups`` contexts where grouped."""
@@ -60,14 +68,20 @@ class ManifoldLinear:
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
-        contexts = f"{self.groups} contexts" if self.regime == "grouped" else self.regime
-        return f"{contexts} {self.inputs}->{self.outputs} B={self.batch} K={self.bases}"
+        layer = f"{self.inputs}->{self.outputs} B={self.batch} K={self.bases}"
+        return f"{_contexts(self)} {layer}{_unless_float32(self.dtype)}"
 
     @property
     def bytes(self) -> int:
         """x and the bases read once, y written once; coefficients and biases are small beside them."""
         io = self.batch * (self.inputs + self.outputs)
         return (io + self.bases * self.inputs * self.outputs) * self.dtype.itemsize
+
+    @property
+    def backward_bytes(self) -> int:
+        """x, the bases and y's gradient read once, the gradients by x and the bases written once."""
+        io = self.batch * (2 * self.inputs + self.outputs)
+        return (io + 2 * self.bases * self.inputs * self.outputs) * self.dtype.itemsize
 
     @property
     def flops(self) -> int:
@@ -95,9 +109,9 @@ class ManifoldConv:
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
-        contexts = f"{self.groups} contexts" if self.regime == "grouped" else self.regime
         layer = f"{self.inputs}->{self.outputs} {self.kernel}x{self.kernel}"
-        return f"{contexts} {layer} at {self.pixels}x{self.pixels} B={self.batch} K={self.bases}"
+        images = f"at {self.pixels}x{self.pixels} B={self.batch} K={self.bases}"
+        return f"{_contexts(self)} {layer} {images}{_unless_float32(self.dtype)}"
 
     @property
     def padding(self) -> int:
@@ -109,6 +123,13 @@ class ManifoldConv:
         io = self.batch * (self.inputs + self.outputs) * self.pixels**2
         weights = self.bases * self.inputs * self.outputs * self.kernel**2
         return (io + weights) * self.dtype.itemsize
+
+    @property
+    def backward_bytes(self) -> int:
+        """x, the bases and y's gradient read once, the gradients by x and the bases written once."""
+        io = self.batch * (2 * self.inputs + self.outputs) * self.pixels**2
+        weights = self.bases * self.inputs * self.outputs * self.kernel**2
+        return (io + 2 * weights) * self.dtype.itemsize
 
     @property
     def flops(self) -> int:
@@ -133,7 +154,8 @@ class Synthesize:
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
-        return f"{self.parameters:,} weights K={self.bases} G={self.contexts}"
+        networks = f"{self.parameters:,} weights K={self.bases} G={self.contexts}"
+        return f"{networks}{_unless_float32(self.dtype)}"
 
     @property
     def bytes(self) -> int:
