@@ -71,10 +71,10 @@ struct RowSums : Sums<Kernel> {
   int64_t sums() const { return 1; }
 
   template <bool first, bool last>
-  WEIGHTOPS_INLINE void add(const Part& part, const Sum* tile, Sum* sums) {
+  WEIGHTOPS_INLINE void add(const Part& part, Range range, const Sum* tile, Sum* sums) {
     const bool whole = part.width == lanes;
     alignas(64) Sum rest[lanes], room[product::kScratch];
-    for (int64_t m = 0; m < part.count; ++m) {
+    for (int64_t m = range.begin; m < range.end; ++m) {
       const int64_t row = part.i + m, at = context ? context[row] : 0;
       const Sum factor = factors ? factors[at * terms + part.term] : Sum(1);
       const Sum *from = tile + m * lanes, *own = nullptr;
@@ -125,11 +125,13 @@ struct RowSums : Sums<Kernel> {
     }
   }
 
-  WEIGHTOPS_INLINE void take(const Part& part, const Sum* tile, Sum* sums) {
+  WEIGHTOPS_INLINE void take(const Part& part, Range range, const Sum* tile, Sum* sums) {
     if (part.first)
-      part.last ? add<true, true>(part, tile, sums) : add<true, false>(part, tile, sums);
+      part.last ? add<true, true>(part, range, tile, sums)
+                : add<true, false>(part, range, tile, sums);
     else
-      part.last ? add<false, true>(part, tile, sums) : add<false, false>(part, tile, sums);
+      part.last ? add<false, true>(part, range, tile, sums)
+                : add<false, false>(part, range, tile, sums);
   }
 };
 
@@ -147,8 +149,9 @@ struct PlaceSums : Sums<Kernel> {
 
   int64_t sums() const { return 0; }
 
-  WEIGHTOPS_INLINE void take(const Part& part, const Sum* tile, Sum*) {
-    for (int64_t m = 0; m < part.count; ++m, tile += lanes) {
+  WEIGHTOPS_INLINE void take(const Part& part, Range range, const Sum* tile, Sum*) {
+    tile += range.begin * lanes;
+    for (int64_t m = range.begin; m < range.end; ++m, tile += lanes) {
       Sum* own = to + places[part.i + m] + part.j;
       if (part.width == lanes) {
 #pragma GCC unroll 4
@@ -185,19 +188,19 @@ struct BasisSums : Sums<Kernel> {
 
   int64_t sums() const { return bases; }
 
-  WEIGHTOPS_INLINE void take(const Part& part, const Sum* tile, Sum* sums) {
+  WEIGHTOPS_INLINE void take(const Part& part, Range range, const Sum* tile, Sum* sums) {
     const int64_t size = int64_t(Kernel::rows) * lanes;
     alignas(64) Sum rest[lanes], room[product::kScratch];
     if (coeffs == nullptr) {
       Sum* own = sums + part.term * size;
-      accumulate(tile, Sum(1), own, part.count, part.opens);
-      if (part.closes) write(part, part.term, own);
+      accumulate(tile, Sum(1), own, range, part.opens);
+      if (part.closes) write(part, range, part.term, own);
       return;
     }
     if (dots)
       for (int64_t k = 0; k < bases; ++k) {
         Vector dot = {};
-        for (int64_t m = 0; m < part.count; ++m) {
+        for (int64_t m = range.begin; m < range.end; ++m) {
           const Sum* own = weight.row(k, part.i + m, part.j, part.width, room);
           if (part.width < lanes) {
             std::fill(std::copy_n(own, part.width, rest), rest + lanes, Sum(0));
@@ -212,22 +215,22 @@ struct BasisSums : Sums<Kernel> {
       }
     if (to == nullptr) return;
     for (int64_t k = 0; k < bases; ++k) {
-      accumulate(tile, coeffs[part.term * bases + k], sums + k * size, part.count, part.first);
-      if (part.last) write(part, k, sums + k * size);
+      accumulate(tile, coeffs[part.term * bases + k], sums + k * size, range, part.first);
+      if (part.last) write(part, range, k, sums + k * size);
     }
   }
 
  private:
-  WEIGHTOPS_INLINE void accumulate(const Sum* tile, Sum factor, Sum* sums, int64_t count,
+  WEIGHTOPS_INLINE void accumulate(const Sum* tile, Sum factor, Sum* sums, Range range,
                                    bool first) {
-    for (int64_t at = 0; at < count * lanes; at += step) {
+    for (int64_t at = range.begin * lanes; at < range.end * lanes; at += step) {
       Vector value = Arithmetic::load(tile + at) * factor;
       if (!first) value += Arithmetic::load(sums + at);
       Arithmetic::store(sums + at, value);
     }
   }
-  WEIGHTOPS_INLINE void write(const Part& part, int64_t basis, const Sum* sums) {
-    for (int64_t m = 0; m < part.count; ++m) {
+  WEIGHTOPS_INLINE void write(const Part& part, Range range, int64_t basis, const Sum* sums) {
+    for (int64_t m = range.begin; m < range.end; ++m) {
       for (int v = 0; v < lanes; v += step) this->watch(Arithmetic::load(sums + m * lanes + v));
       put(to, kind, basis * basis_stride + (part.i + m) * stride + part.j, sums + m * lanes,
           part.width);

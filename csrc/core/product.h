@@ -37,6 +37,33 @@ struct Part {
   bool first, last, opens, closes;
 };
 
+// What is done between the steps of a product, while the tiles' unit is at work: the tile before is
+// taken, some rows at a time, and the rows that come next are fetched.
+template <class Out, class Sum>
+struct Meanwhile {
+  Ahead ahead;
+  Out& out;
+  const Part& part;
+  const Sum* tile;
+  Sum* sums;
+  int64_t share;  // rows in a step
+  int64_t taken = 0;
+
+  WEIGHTOPS_INLINE void step() {
+    ahead.fetch();
+    take(share);
+  }
+  WEIGHTOPS_INLINE void finish() { take(part.count); }
+
+ private:
+  WEIGHTOPS_INLINE void take(int64_t rows) {
+    if (taken == part.count) return;
+    const Range range{taken, std::min(taken + rows, part.count)};
+    out.take(part, range, tile, sums);
+    taken = range.end;
+  }
+};
+
 // Packed columns, and sums that wait for more, stay in the second-level cache.
 constexpr int64_t kCacheBytes = 5 << 18;
 // As many products are summed in registers: rounding grows with their number.
@@ -96,9 +123,9 @@ WEIGHTOPS_INLINE void pack_blocks(const Product<typename Kernel::Sum>& product, 
     }
 }
 
-// Rows x columns of a product; out.take(part, tile, sums) adds a tile of products to the out.sums()
-// sums of its place. Where it does not tell terms apart (Out::joint), a tile may hold several.
-// `packed_rows` are all blocks from row 0 on, or null. Rows begin at a block.
+// Rows x columns of a product; out.take(part, range, tile, sums) adds a range of rows of a tile to
+// the out.sums() sums of its place. Where it does not tell terms apart (Out::joint), a tile may
+// hold several. `packed_rows` are all blocks from row 0 on, or null. Rows begin at a block.
 template <class Kernel, class Out>
 WEIGHTOPS_INLINE void multiply(const Product<typename Kernel::Sum>& product, Range rows,
                                Range columns, Out& out, const typename Kernel::Packed* packed_rows,
@@ -111,7 +138,6 @@ WEIGHTOPS_INLINE void multiply(const Product<typename Kernel::Sum>& product, Ran
   // A tile is taken while the next one is multiplied: its sums come late out of the tiles' unit.
   Sum* tile = scratch + scratch_size<Kernel>();
   Sum* other_tile = tile + area;
-  bool waits = false;
   Part waiting{};
   Sum* waiting_sums = nullptr;
   std::vector<Chunk>& chunks = workspace.chunks;
@@ -192,10 +218,11 @@ WEIGHTOPS_INLINE void multiply(const Product<typename Kernel::Sum>& product, Ran
           part.closes = chunks[c - 1].end == product.depths[part.term];
           const char* from = next + std::min(ahead_size, (p * steps + done / 32) * ahead_step);
           done += chain;
-          Kernel::multiply(segments.data(), segments.size(), count,
-                           Ahead{from, next + ahead_size, ahead_step}, tile);
-          if (waits) out.take(waiting, other_tile, waiting_sums);
-          waits = true;
+          Meanwhile<Out, Sum> meanwhile{
+              {from, next + ahead_size, ahead_step}, out, waiting, other_tile, waiting_sums,
+              waiting.count * 32 / chain + 1};
+          Kernel::multiply(segments.data(), segments.size(), count, meanwhile, tile);
+          meanwhile.finish();
           waiting = part;
           waiting_sums = mine;
           std::swap(tile, other_tile);
@@ -203,7 +230,7 @@ WEIGHTOPS_INLINE void multiply(const Product<typename Kernel::Sum>& product, Ran
       }
     }
   }
-  if (waits) out.take(waiting, other_tile, waiting_sums);
+  if (waiting.count > 0) out.take(waiting, {0, waiting.count}, other_tile, waiting_sums);
 }
 
 }  // namespace weightops::product

@@ -78,14 +78,16 @@ struct MultiplyAdd {
   static WEIGHTOPS_INLINE void finish_panel(Packed*, int64_t) {}
 
   // tile = sum over segments, of which `count` rows matter.
+  template <class Meanwhile>
   static WEIGHTOPS_INLINE void multiply(const Segment<Packed>* segments, int64_t number,
-                                        int64_t count, Ahead ahead, Sum* tile) {
+                                        int64_t count, Meanwhile& meanwhile, Sum* tile) {
+    // Its registers are full: other work would only wait.
     if (count > rows / 2)
-      multiply_rows<rows>(segments, number, ahead, tile);
+      multiply_rows<rows>(segments, number, meanwhile.ahead, tile);
     else if (count > 2)
-      multiply_rows<rows / 2>(segments, number, ahead, tile);
+      multiply_rows<rows / 2>(segments, number, meanwhile.ahead, tile);
     else
-      multiply_rows<2>(segments, number, ahead, tile);
+      multiply_rows<2>(segments, number, meanwhile.ahead, tile);
   }
 
  private:
@@ -193,15 +195,16 @@ struct Bfloat16Tiles {
     for (d += d % 2; d < padded(d); d += 2) pack_columns(panel, d, zeros, zeros);
   }
 
+  template <class Meanwhile>
   static WEIGHTOPS_INLINE void multiply(const Segment<Packed>* segments, int64_t number, int64_t,
-                                        Ahead ahead, Sum* tile) {
+                                        Meanwhile& meanwhile, Sum* tile) {
     asm volatile("tilezero %%tmm0\n tilezero %%tmm1\n tilezero %%tmm2\n tilezero %%tmm3" ::
                      : "memory");
     for (int64_t s = 0; s < number; ++s) {
       const Packed *a = segments[s].rows, *b = segments[s].columns;
       // Such an order of the products that a new operand is loaded on one side at a time.
       for (const Packed* end = a + block(segments[s].depth); a != end; a += kStep, b += kStep) {
-        ahead.fetch();
+        meanwhile.step();
         if constexpr (Parts == 3) {
           load_rows(a, 2);
           load_columns(b, 0);
