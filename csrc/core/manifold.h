@@ -7,7 +7,7 @@
 #include <functional>
 #include <numeric>
 
-#include "product.h"
+#include "product_multiply.h"
 
 namespace weightops::manifold {
 

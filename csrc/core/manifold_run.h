@@ -104,10 +104,14 @@ inline Cut cut_up(int64_t panels, int64_t panel_bytes, int64_t blocks, bool rows
       product::pack_blocks<K>(product, rows, blocks, packed, workspace);                        \
     }                                                                                           \
     template <class Out>                                                                        \
+    attribute static void work(product::Meanwhile<K, Out>& meanwhile, int site, int sites) {    \
+      meanwhile.run(site, sites);                                                               \
+    }                                                                                           \
+    template <class Out>                                                                        \
     attribute static bool multiply(const Product<Sum>& product, Range rows, Range columns,      \
                                    Out& out, const Packed* packed, Workspace<K>& workspace) {   \
       K::begin();                                                                               \
-      product::multiply<K>(product, rows, columns, out, packed, workspace);                     \
+      product::multiply<K>(product, rows, columns, out, packed, workspace, work<Out>);          \
       K::end();                                                                                 \
       return out.finite();                                                                      \
     }                                                                                           \

@@ -52,10 +52,14 @@ struct MultiplyAdd {
   // Known to the compiler, so that all rows are addressed from one register; and no multiple of
   // 4 KiB, which would put all of them into one set of the cache.
   static constexpr int64_t row_stride = depth + 16;
+  static constexpr int64_t slice = depth;
+  static constexpr int pieces = 1;  // its registers are full: nothing else is done meanwhile
 
   // Sizes of a packed chunk of rows, and of columns.
   static int64_t block(int64_t) { return rows * row_stride; }
   static int64_t panel(int64_t d) { return d * lanes; }
+  // Where depth d of a chunk lies in its packed rows.
+  static int64_t rows_at(int64_t d) { return d; }
 
   static WEIGHTOPS_INLINE void begin() {}
   static WEIGHTOPS_INLINE void end() {}
@@ -81,7 +85,6 @@ struct MultiplyAdd {
   template <class Meanwhile>
   static WEIGHTOPS_INLINE void multiply(const Segment<Packed>* segments, int64_t number,
                                         int64_t count, Meanwhile& meanwhile, Sum* tile) {
-    // Its registers are full: other work would only wait.
     if (count > rows / 2)
       multiply_rows<rows>(segments, number, meanwhile.ahead, tile);
     else if (count > 2)
@@ -125,13 +128,16 @@ struct Bfloat16Tiles {
   using Sum = float;
   using Packed = uint16_t;
   using Arithmetic = Simd<float, 64>;
+  using Vector = Arithmetic::Vector;
   static constexpr int bytes = 64;
   static constexpr int rows = 32, lanes = 32;
-  static constexpr int64_t depth = 512;
+  static constexpr int64_t depth = 512, slice = 32;
+  static constexpr int pieces = 16;  // in which a slice is packed
 
   static int64_t padded(int64_t d) { return (d + 31) / 32 * 32; }
   static int64_t block(int64_t d) { return padded(d) * rows * Parts; }
   static int64_t panel(int64_t d) { return padded(d) * lanes * Parts; }
+  static int64_t rows_at(int64_t d) { return block(d); }
 
   // Whether the system lets this process use the tiles.
   static bool available() {
@@ -177,16 +183,21 @@ struct Bfloat16Tiles {
 
   static WEIGHTOPS_INLINE void pack_columns(Packed* panel, int64_t d, const Sum* first,
                                             const Sum* second) {
+    for (int half = 0; half < 2; ++half)
+      pack_half(panel, d, half, Arithmetic::load(first + 16 * half),
+                second ? Arithmetic::load(second + 16 * half) : Vector{});
+  }
+  // 16 columns of them.
+  static WEIGHTOPS_INLINE void pack_half(Packed* panel, int64_t d, int half, const Vector& first,
+                                         const Vector& second) {
     // Pairs of depths lie side by side, 16 pairs to a tile of 16 columns.
-    Packed* to = panel + d / 32 * kStep + d % 32 / 2 * 32;
-    for (int half = 0; half < 2; ++half, to += kTile) {
-      Bits low = load(first + 16 * half), high = second ? load(second + 16 * half) : Bits{};
+    Packed* to = panel + d / 32 * kStep + d % 32 / 2 * 32 + half * kTile;
+    Bits low = Bits(first), high = Bits(second);
 #pragma GCC unroll 3
-      for (int p = 0; p < Parts; ++p) {
-        const Bits a = take(low, p), b = take(high, p);
-        const Bits pairs = a >> 16 | b;
-        std::memcpy(to + p * 2 * kTile, &pairs, 64);
-      }
+    for (int p = 0; p < Parts; ++p) {
+      const Bits a = take(low, p), b = take(high, p);
+      const Bits pairs = a >> 16 | b;
+      std::memcpy(to + p * 2 * kTile, &pairs, 64);
     }
   }
   // Zeros at depths that only fill up a tile.
@@ -204,32 +215,43 @@ struct Bfloat16Tiles {
       const Packed *a = segments[s].rows, *b = segments[s].columns;
       // Such an order of the products that a new operand is loaded on one side at a time.
       for (const Packed* end = a + block(segments[s].depth); a != end; a += kStep, b += kStep) {
-        meanwhile.step();
         if constexpr (Parts == 3) {
           load_rows(a, 2);
           load_columns(b, 0);
           accumulate();
+          meanwhile.step(0, 6);
           load_rows(a, 1);
           accumulate();
+          meanwhile.step(1, 6);
           load_columns(b, 1);
           accumulate();
+          meanwhile.step(2, 6);
           load_rows(a, 0);
           accumulate();
+          meanwhile.step(3, 6);
           load_columns(b, 2);
           accumulate();
+          meanwhile.step(4, 6);
           load_columns(b, 0);
+          accumulate();
+          meanwhile.step(5, 6);
         } else if constexpr (Parts == 2) {
           load_rows(a, 1);
           load_columns(b, 0);
           accumulate();
+          meanwhile.step(0, 3);
           load_rows(a, 0);
           accumulate();
+          meanwhile.step(1, 3);
           load_columns(b, 1);
+          accumulate();
+          meanwhile.step(2, 3);
         } else {
           load_rows(a, 0);
           load_columns(b, 0);
+          accumulate();
+          meanwhile.step(0, 1);
         }
-        accumulate();
       }
     }
     constexpr int64_t stride = lanes * sizeof(Sum);
@@ -244,7 +266,6 @@ struct Bfloat16Tiles {
   static constexpr int64_t kTile = 512;                // bfloat16 in 1 KiB
   static constexpr int64_t kStep = Parts * 2 * kTile;  // 32 depths of 32 rows or columns
 
-  using Vector = Arithmetic::Vector;
   typedef uint32_t Bits __attribute__((vector_size(64)));
   typedef uint16_t Halves __attribute__((vector_size(64)));
 

@@ -31,15 +31,17 @@ struct Source {
   // Whether terms have rows of their own.
   bool own() const { return term_stride != 0 || scale || starts; }
 
+  // Whether rows are not there to be read.
+  WEIGHTOPS_INLINE bool makes() const { return kind != Kind::same || coeffs || scale; }
   // `count` values of row i from column j on, where they lie or in `scratch`.
   WEIGHTOPS_INLINE const Sum* row(int term, int64_t i, int64_t j, int64_t count,
                                   Sum* scratch) const {
-    if (kind != Kind::same || coeffs || scale) return reader(*this, term, i, j, count, scratch);
+    if (makes()) return reader(*this, term, i, j, count, scratch);
     if (starts) i += starts[term];
     return static_cast<const Sum*>(data) + term * term_stride + (order ? order[i] : i) * stride + j;
   }
 
-  // What makes the rows that are not there to be read; of a kernel's instruction set.
+  // What makes them, of a kernel's instruction set.
   const Sum* (*reader)(const Source&, int, int64_t, int64_t, int64_t, Sum*) = nullptr;
 
   template <class Arithmetic>
@@ -86,6 +88,12 @@ struct Source {
       }
       Arithmetic::store(to + c, low);
       Arithmetic::store(to + c + lanes, high);
+    }
+    for (; c + lanes <= count; c += lanes) {
+      auto value = Arithmetic::load(from + c) * coeffs[0];
+      for (int64_t k = 1; k < bases; ++k)
+        value += Arithmetic::load(from + k * basis_stride + c) * coeffs[k];
+      Arithmetic::store(to + c, value);
     }
     for (; c < count; ++c) {
       Sum value = coeffs[0] * from[c];
@@ -180,6 +188,36 @@ WEIGHTOPS_INLINE void pack_columns(const Source<typename Kernel::Sum>& source, i
     }
   }
   Kernel::finish_panel(panel, length);
+}
+
+// One of the pieces in which a slice of depths is packed; `scratch` is theirs from the first to the
+// last. A piece is what vectors do while the tiles' unit is at work on four products.
+template <class Kernel>
+WEIGHTOPS_INLINE void pack_rows_piece(const Source<typename Kernel::Sum>& source, int term,
+                                      int64_t i, int64_t count, int64_t d, int64_t length,
+                                      typename Kernel::Packed* block, typename Kernel::Sum* scratch,
+                                      int piece) {
+  if constexpr (Kernel::pieces == 16) {
+    if (count == Kernel::rows && length == Kernel::slice) {
+      if (source.lies == Lies::along) {
+        for (int64_t r = 2 * piece; r < 2 * piece + 2; ++r)
+          Kernel::pack_row(block, r, 0, source.row(term, i + r, d, length, scratch), length);
+        return;
+      }
+      typename Kernel::Sum* turned = scratch + kScratch;
+      const int first = piece / 8 * 16, part = piece % 8;
+      if (part < 2) {
+        turn<typename Kernel::Arithmetic>(source, term, d + 16 * part, 16, i + first, 16,
+                                          turned + 16 * part, Kernel::slice, scratch);
+        return;
+      }
+      const int to = std::min(3 * (part - 1), 16);
+      for (int r = 3 * (part - 2); r < to; ++r)
+        Kernel::pack_row(block, first + r, 0, turned + r * Kernel::slice, length);
+      return;
+    }
+  }
+  if (piece == 0) pack_rows<Kernel>(source, term, i, count, d, length, block, scratch);
 }
 
 }  // namespace weightops::product
