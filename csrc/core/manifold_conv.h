@@ -2,97 +2,9 @@
 // with what its taps read.
 #pragma once
 
-#include "manifold_run.h"
+#include "manifold_conv_tiles.h"
 
 namespace weightops::manifold {
-
-// Where things lie while an image is dealt with: padded, and for a stride of s every s-th line and
-// column on a plane of its own. Then all that a tap reads, of all pixels, follows each other as the
-// pixels do, on lines of `pitch`: nothing is gathered. Pixels past the end of a line are not
-// results.
-struct Planes {
-  int64_t height, width, out_height, out_width, tap_height, tap_width;
-  int64_t stride[2], padding[2], dilation[2];
-
-  int64_t taps() const { return tap_height * tap_width; }
-  int64_t lines() const { return (height + 2 * padding[0] + stride[0] - 1) / stride[0]; }
-  int64_t pitch() const { return (width + 2 * padding[1] + stride[1] - 1) / stride[1]; }
-  int64_t plane() const { return lines() * pitch(); }
-  int64_t channel() const { return plane() * stride[0] * stride[1]; }
-  int64_t pixels() const { return out_height * out_width; }
-  int64_t spread_pixels() const { return (out_height - 1) * pitch() + out_width; }
-
-  // Where a padded line and column lie in a channel.
-  int64_t place(int64_t y, int64_t x) const {
-    return (y % stride[0] * stride[1] + x % stride[1]) * plane() + y / stride[0] * pitch() +
-           x / stride[1];
-  }
-  // Where each channel's taps begin to read.
-  std::vector<int64_t> places(int64_t channels) const {
-    std::vector<int64_t> found;
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t y = 0; y < tap_height; ++y)
-        for (int64_t x = 0; x < tap_width; ++x)
-          found.push_back(c * channel() + place(y * dilation[0], x * dilation[1]));
-    return found;
-  }
-  // f(first column of a line or of its phase, its place, how many columns).
-  template <class F>
-  void each_line(const F& f) const {
-    for (int64_t y = 0; y < height; ++y)
-      for (int64_t x = 0; x < std::min(stride[1], width); ++x)
-        f(y * width + x, place(y + padding[0], x + padding[1]),
-          (width - x + stride[1] - 1) / stride[1]);
-  }
-};
-
-// x [images, groups * in, height, width], weight [bases, groups * out, in, taps], one context an
-// image, y [images, groups * out, pixels].
-template <class Sum>
-struct Convolution {
-  Planes planes;
-  int64_t images, groups, in, out, bases, contexts;
-  const int64_t* index;  // the context of each image; null: its own number, or 0
-  const Sum* coeffs;     // [contexts, bases]
-  Kind kind;
-  const void* weight;
-  int parts;
-  int64_t threads;
-
-  int64_t context_of(int64_t image) const {
-    return index ? index[image] : contexts == 1 ? 0 : image;
-  }
-  int64_t depth() const { return in * planes.taps(); }
-  int64_t image_size() const { return in * planes.height * planes.width; }
-  int64_t weight_size() const { return groups * out * depth(); }
-  int64_t element() const { return kind == Kind::same ? sizeof(Sum) : 2; }
-};
-
-template <class Sum>
-struct ConvolutionJob {
-  const Convolution<Sum>& problem;
-  std::vector<int64_t> places;
-  const void *x, *grad;
-  void* y;           // forward, with
-  const Sum* shift;  // [contexts, groups * out], or null
-  void* to_x;        // or gradients, of which some may be null;
-  Sum* to_coeffs;    // [images, bases]
-  Sum* to_weight;    // [parts of the images, bases, groups * out, depth]
-  int64_t image_parts, column_parts;
-};
-
-inline const void* offset(const void* data, int64_t bytes) {
-  return static_cast<const char*>(data) + bytes;
-}
-inline void* offset(void* data, int64_t bytes) { return static_cast<char*>(data) + bytes; }
-
-// f(T) for the elements of a tensor.
-template <class Sum, class F>
-void by_kind(Kind kind, const F& f) {
-  if (kind == Kind::half) return f(Half());
-  if (kind == Kind::bfloat16) return f(BFloat16());
-  f(Sum());
-}
 
 template <class Compiled>
 struct ConvolutionRunner {
@@ -101,6 +13,8 @@ struct ConvolutionRunner {
   using Packed = typename Compiled::Packed;
 
   static bool run(const ConvolutionJob<Sum>& job, int64_t, const Team& team) {
+    if constexpr (Compiled::Kernel::pieces > 1)
+      if (ConvolutionTiles<Compiled>::suits(job)) return ConvolutionTiles<Compiled>::run(job, team);
     std::atomic<bool> finite{true};
     const Convolution<Sum>& problem = job.problem;
     const int64_t items =
@@ -173,35 +87,6 @@ struct ConvolutionRunner {
         });
     });
   }
-  // A gradient of a result, [out, lines of pitch], zeros at the ends of the lines.
-  void spread_result(int64_t image, int64_t group, Sum* to) const {
-    const int64_t begin = (image * problem_.groups + group) * problem_.out * planes_.pixels(),
-                  width = planes_.out_width, pitch = planes_.pitch();
-    by_kind<Sum>(problem_.kind, [&](auto number) {
-      const auto* from = static_cast<const decltype(number)*>(job_.grad) + begin;
-      for (int64_t line = 0; line < problem_.out * planes_.out_height; ++line, from += width) {
-        for (int64_t x = 0; x < width; ++x) to[line * pitch + x] = widen(from[x]);
-        std::fill(to + line * pitch + width, to + (line + 1) * pitch, Sum(0));
-      }
-    });
-  }
-  // The results of pixels that begin in [begin, end) of every row.
-  void gather_result(int64_t image, int64_t group, const Sum* from, Range own) const {
-    const int64_t begin = (image * problem_.groups + group) * problem_.out * planes_.pixels(),
-                  width = planes_.out_width, pitch = planes_.pitch();
-    by_kind<Sum>(problem_.kind, [&](auto number) {
-      auto* to = static_cast<decltype(number)*>(job_.y) + begin;
-      for (int64_t o = 0; o < problem_.out; ++o)
-        for (int64_t y = own.begin / pitch; y * pitch < own.end; ++y) {
-          const int64_t first = std::max<int64_t>(0, own.begin - y * pitch),
-                        last = std::min(width, own.end - y * pitch);
-          const Sum* line = from + (o * planes_.out_height + y) * pitch;
-          auto* into = to + (o * planes_.out_height + y) * width;
-          for (int64_t x = first; x < last; ++x) narrow(line[x], into[x]);
-        }
-    });
-  }
-
   // As many columns at a time as the cache holds.
   template <class Out>
   bool multiply(const Product<Sum>& product, int64_t rows, Range columns, Out& out,
@@ -252,7 +137,8 @@ struct ConvolutionRunner {
                                    job_.column_parts);
       const Range columns{own.begin * Kernel::lanes, std::min(pixels_, own.end * Kernel::lanes)};
       finite = multiply(product, problem_.out, columns, out, packed) && finite;
-      gather_result(image, group, result_room, columns);
+      gather(planes_, problem_.out, result_room, columns, problem_.kind, job_.y,
+             (image * problem_.groups + group) * problem_.out * planes_.pixels());
     }
     return finite;
   }
@@ -268,7 +154,9 @@ struct ConvolutionRunner {
       if (sums) std::fill_n(sums, size, Sum(0));
       for (int64_t image = images.begin; image < images.end; ++image)
         for (int64_t group = 0; group < problem_.groups; ++group) {
-          spread_result(image, group, result_room);
+          spread_lines(planes_, problem_.out, problem_.kind, job_.grad,
+                       (image * problem_.groups + group) * problem_.out * planes_.pixels(),
+                       result_room);
           if (job_.to_x) finite = to_image(image, group, result_room, image_room) && finite;
           if (!job_.to_coeffs && !sums) continue;
           spread_image(image, group, image_room);
@@ -295,8 +183,7 @@ struct ConvolutionRunner {
 
   bool to_bases(int64_t image, int64_t group, const Sum* grad, const Sum* image_room, Sum* turned,
                 Sum* sums) {
-    const int64_t size = problem_.out * depth_, begin = group * size,
-                  context = problem_.context_of(image);
+    const int64_t size = problem_.out * depth_, context = problem_.context_of(image);
     // Patches are the rows, of which there are more; what comes out lies the other way round.
     const Product<Sum> product{
         patches(image_room, Lies::along), result(grad, Lies::along), {pixels_}};
@@ -311,19 +198,9 @@ struct ConvolutionRunner {
     for (int64_t o = 0; o < problem_.out; o += product::kTurned)
       Compiled::turn(source, depth_, o, std::min(product::kTurned, problem_.out - o),
                      gradient + o * depth_, scratch);
-    Source<Sum> basis{problem_.weight, problem_.kind, Lies::along, problem_.weight_size()};
-    basis.reader = Compiled::read;
-    for (int64_t k = 0; k < problem_.bases; ++k) {
-      if (job_.to_coeffs)
-        for (int64_t at = 0; at < size; at += product::kScratch) {
-          const int64_t count = std::min(product::kScratch, size - at);
-          job_.to_coeffs[image * problem_.bases + k] +=
-              Compiled::dot(basis.row(0, k, begin + at, count, scratch), gradient + at, count);
-        }
-      if (sums)
-        Compiled::add(problem_.coeffs[context * problem_.bases + k], gradient, size,
-                      sums + k * problem_.weight_size() + begin);
-    }
+    basis_gradients<Compiled>(problem_, group, context, gradient,
+                              job_.to_coeffs ? job_.to_coeffs + image * problem_.bases : nullptr,
+                              sums);
     return finite;
   }
 };

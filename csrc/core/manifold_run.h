@@ -107,6 +107,12 @@ inline Cut cut_up(int64_t panels, int64_t panel_bytes, int64_t blocks, bool rows
     attribute static void work(product::Meanwhile<K, Out>& meanwhile, int site, int sites) {    \
       meanwhile.run(site, sites);                                                               \
     }                                                                                           \
+    template <class F>                                                                          \
+    attribute static void enter(const F& f) {                                                   \
+      K::begin();                                                                               \
+      f();                                                                                      \
+      K::end();                                                                                 \
+    }                                                                                           \
     template <class Out>                                                                        \
     attribute static bool multiply(const Product<Sum>& product, Range rows, Range columns,      \
                                    Out& out, const Packed* packed, Workspace<K>& workspace) {   \

@@ -130,9 +130,18 @@ struct Bfloat16Tiles {
   using Arithmetic = Simd<float, 64>;
   using Vector = Arithmetic::Vector;
   static constexpr int bytes = 64;
-  static constexpr int rows = 32, lanes = 32;
+  static constexpr int rows = 32, lanes = 32, parts = Parts;
   static constexpr int64_t depth = 512, slice = 32;
   static constexpr int pieces = 16;  // in which a slice is packed
+
+  // How the tiles of a slice lie: their 16 rows, their two halves and the parts.
+  struct Way {
+    int64_t row, half, part;
+  };
+  struct Slice {
+    int64_t rows, columns;
+  };
+  static constexpr Way kPacked{32, 512, 1024};
 
   static int64_t padded(int64_t d) { return (d + 31) / 32 * 32; }
   static int64_t block(int64_t d) { return padded(d) * rows * Parts; }
@@ -190,14 +199,29 @@ struct Bfloat16Tiles {
   // 16 columns of them.
   static WEIGHTOPS_INLINE void pack_half(Packed* panel, int64_t d, int half, const Vector& first,
                                          const Vector& second) {
-    // Pairs of depths lie side by side, 16 pairs to a tile of 16 columns.
-    Packed* to = panel + d / 32 * kStep + d % 32 / 2 * 32 + half * kTile;
+    split_pairs(first, second, 16, panel + d / 32 * kStep + d % 32 / 2 * 32 + half * kTile,
+                2 * kTile);
+  }
+
+  // The parts of `count` numbers, or of pairs of them side by side; `to_part` lies between two.
+  static WEIGHTOPS_INLINE void split_pairs(const Vector& first, const Vector& second, int64_t count,
+                                           Packed* to, int64_t to_part) {
     Bits low = Bits(first), high = Bits(second);
 #pragma GCC unroll 3
     for (int p = 0; p < Parts; ++p) {
       const Bits a = take(low, p), b = take(high, p);
       const Bits pairs = a >> 16 | b;
-      std::memcpy(to + p * 2 * kTile, &pairs, 64);
+      copy(&pairs, 2 * count, to + p * to_part);
+    }
+  }
+  static WEIGHTOPS_INLINE void split(const Vector& values, int64_t count, Packed* to,
+                                     int64_t to_part) {
+    Bits rest = Bits(values);
+#pragma GCC unroll 3
+    for (int p = 0; p < Parts; ++p) {
+      typedef uint16_t Words __attribute__((vector_size(32)));
+      const Words part = __builtin_convertvector(take(rest, p) >> 16, Words);
+      copy(&part, count, to + p * to_part);
     }
   }
   // Zeros at depths that only fill up a tile.
@@ -209,57 +233,24 @@ struct Bfloat16Tiles {
   template <class Meanwhile>
   static WEIGHTOPS_INLINE void multiply(const Segment<Packed>* segments, int64_t number, int64_t,
                                         Meanwhile& meanwhile, Sum* tile) {
-    asm volatile("tilezero %%tmm0\n tilezero %%tmm1\n tilezero %%tmm2\n tilezero %%tmm3" ::
-                     : "memory");
+    clear();
     for (int64_t s = 0; s < number; ++s) {
       const Packed *a = segments[s].rows, *b = segments[s].columns;
-      // Such an order of the products that a new operand is loaded on one side at a time.
-      for (const Packed* end = a + block(segments[s].depth); a != end; a += kStep, b += kStep) {
-        if constexpr (Parts == 3) {
-          load_rows(a, 2);
-          load_columns(b, 0);
-          accumulate();
-          meanwhile.step(0, 6);
-          load_rows(a, 1);
-          accumulate();
-          meanwhile.step(1, 6);
-          load_columns(b, 1);
-          accumulate();
-          meanwhile.step(2, 6);
-          load_rows(a, 0);
-          accumulate();
-          meanwhile.step(3, 6);
-          load_columns(b, 2);
-          accumulate();
-          meanwhile.step(4, 6);
-          load_columns(b, 0);
-          accumulate();
-          meanwhile.step(5, 6);
-        } else if constexpr (Parts == 2) {
-          load_rows(a, 1);
-          load_columns(b, 0);
-          accumulate();
-          meanwhile.step(0, 3);
-          load_rows(a, 0);
-          accumulate();
-          meanwhile.step(1, 3);
-          load_columns(b, 1);
-          accumulate();
-          meanwhile.step(2, 3);
-        } else {
-          load_rows(a, 0);
-          load_columns(b, 0);
-          accumulate();
-          meanwhile.step(0, 1);
-        }
-      }
+      for (const Packed* end = a + block(segments[s].depth); a != end; a += kStep, b += kStep)
+        slice_of(a, kPacked, b, kPacked, meanwhile);
     }
-    constexpr int64_t stride = lanes * sizeof(Sum);
-    asm volatile("tilestored %%tmm0, (%0,%1)" ::"r"(tile), "r"(stride) : "memory");
-    asm volatile("tilestored %%tmm1, (%0,%1)" ::"r"(tile + 16), "r"(stride) : "memory");
-    asm volatile("tilestored %%tmm2, (%0,%1)" ::"r"(tile + 16 * lanes), "r"(stride) : "memory");
-    asm volatile("tilestored %%tmm3, (%0,%1)" ::"r"(tile + 16 * lanes + 16), "r"(stride)
-                 : "memory");
+    store(tile);
+  }
+
+  // The same of operands that lie in several places.
+  template <class Meanwhile>
+  static WEIGHTOPS_INLINE void multiply(const Slice* slices, int64_t number, const Packed* rows,
+                                        const Way& row_way, const Packed* columns,
+                                        const Way& column_way, Meanwhile& meanwhile, Sum* tile) {
+    clear();
+    for (int64_t s = 0; s < number; ++s)
+      slice_of(rows + slices[s].rows, row_way, columns + slices[s].columns, column_way, meanwhile);
+    store(tile);
   }
 
  private:
@@ -297,17 +288,82 @@ struct Bfloat16Tiles {
     }
   }
 
-  static WEIGHTOPS_INLINE void load_rows(const Packed* from, int p) {
-    constexpr int64_t stride = 64;
-    from += p * 2 * kTile;
-    asm volatile("tileloadd (%0,%1), %%tmm4" ::"r"(from), "r"(stride) : "memory");
-    asm volatile("tileloadd (%0,%1), %%tmm5" ::"r"(from + kTile), "r"(stride) : "memory");
+  // The first ones of a vector's numbers, mostly all of them.
+  template <class V>
+  static WEIGHTOPS_INLINE void copy(const V* from, int64_t count, Packed* to) {
+    if (count == sizeof(V) / sizeof(Packed))
+      std::memcpy(to, from, sizeof(V));
+    else
+      std::memcpy(to, from, count * sizeof(Packed));
   }
-  static WEIGHTOPS_INLINE void load_columns(const Packed* from, int p) {
-    constexpr int64_t stride = 64;
-    from += p * 2 * kTile;
+
+  // All products of 32 depths, in such an order that a new operand is loaded on one side at a time.
+  template <class Meanwhile>
+  static WEIGHTOPS_INLINE void slice_of(const Packed* a, const Way& a_way, const Packed* b,
+                                        const Way& b_way, Meanwhile& meanwhile) {
+    if constexpr (Parts == 3) {
+      load_rows(a, a_way, 2);
+      load_columns(b, b_way, 0);
+      accumulate();
+      meanwhile.step(0, 6);
+      load_rows(a, a_way, 1);
+      accumulate();
+      meanwhile.step(1, 6);
+      load_columns(b, b_way, 1);
+      accumulate();
+      meanwhile.step(2, 6);
+      load_rows(a, a_way, 0);
+      accumulate();
+      meanwhile.step(3, 6);
+      load_columns(b, b_way, 2);
+      accumulate();
+      meanwhile.step(4, 6);
+      load_columns(b, b_way, 0);
+      accumulate();
+      meanwhile.step(5, 6);
+    } else if constexpr (Parts == 2) {
+      load_rows(a, a_way, 1);
+      load_columns(b, b_way, 0);
+      accumulate();
+      meanwhile.step(0, 3);
+      load_rows(a, a_way, 0);
+      accumulate();
+      meanwhile.step(1, 3);
+      load_columns(b, b_way, 1);
+      accumulate();
+      meanwhile.step(2, 3);
+    } else {
+      load_rows(a, a_way, 0);
+      load_columns(b, b_way, 0);
+      accumulate();
+      meanwhile.step(0, 1);
+    }
+  }
+
+  static WEIGHTOPS_INLINE void clear() {
+    asm volatile("tilezero %%tmm0\n tilezero %%tmm1\n tilezero %%tmm2\n tilezero %%tmm3" ::
+                     : "memory");
+  }
+  static WEIGHTOPS_INLINE void store(Sum* tile) {
+    constexpr int64_t stride = lanes * sizeof(Sum);
+    asm volatile("tilestored %%tmm0, (%0,%1)" ::"r"(tile), "r"(stride) : "memory");
+    asm volatile("tilestored %%tmm1, (%0,%1)" ::"r"(tile + 16), "r"(stride) : "memory");
+    asm volatile("tilestored %%tmm2, (%0,%1)" ::"r"(tile + 16 * lanes), "r"(stride) : "memory");
+    asm volatile("tilestored %%tmm3, (%0,%1)" ::"r"(tile + 16 * lanes + 16), "r"(stride)
+                 : "memory");
+  }
+
+  static WEIGHTOPS_INLINE void load_rows(const Packed* from, const Way& way, int p) {
+    from += p * way.part;
+    const int64_t stride = way.row * sizeof(Packed);
+    asm volatile("tileloadd (%0,%1), %%tmm4" ::"r"(from), "r"(stride) : "memory");
+    asm volatile("tileloadd (%0,%1), %%tmm5" ::"r"(from + way.half), "r"(stride) : "memory");
+  }
+  static WEIGHTOPS_INLINE void load_columns(const Packed* from, const Way& way, int p) {
+    from += p * way.part;
+    const int64_t stride = way.row * sizeof(Packed);
     asm volatile("tileloadd (%0,%1), %%tmm6" ::"r"(from), "r"(stride) : "memory");
-    asm volatile("tileloadd (%0,%1), %%tmm7" ::"r"(from + kTile), "r"(stride) : "memory");
+    asm volatile("tileloadd (%0,%1), %%tmm7" ::"r"(from + way.half), "r"(stride) : "memory");
   }
   static WEIGHTOPS_INLINE void accumulate() {
     asm volatile(

@@ -66,20 +66,44 @@ struct Meanwhile {
   const Sum* tile = nullptr;
   Sum* sums = nullptr;
   int64_t share = 0, taken = 0;  // of its rows, to a slice and so far,
+  int64_t wait = 0;              // slices until it is out of the tiles' unit,
   // and the rows that come next are fetched, or packed.
   Ahead ahead{};
   RowPacking<Kernel>* rows = nullptr;
   int64_t rate = 0;  // 65536th of pieces to a slice
 
   // Between groups of products, of which there are `sites` to a slice.
-  WEIGHTOPS_INLINE void step(int site, int sites) { work(*this, site, sites); }
+  WEIGHTOPS_INLINE void step(int site, int sites) {
+    if (site == 0 || rows || taken < part.count) work(*this, site, sites);
+  }
 
   WEIGHTOPS_INLINE void run(int site, int sites) {
-    if (site == 0) ahead.fetch();
-    take((share + sites - 1) / sites);
+    if (site == 0) {
+      ahead.fetch();
+      --wait;
+    }
+    if (wait < 0) take((share + sites - 1) / sites);
     if (rows) rows->go_on(rate / sites);
   }
 
+  // Before a tile of a sum of so many products,
+  WEIGHTOPS_INLINE void begin(int64_t depth) {
+    const int64_t slices = depth / Kernel::slice;
+    wait = slices > 3;
+    share = part.count / std::max<int64_t>(1, slices - wait) + 1;
+    taken = 0;
+  }
+  // and after it.
+  WEIGHTOPS_INLINE void end(const Part& next, const Sum* next_tile, Sum* next_sums) {
+    finish();
+    part = next;
+    tile = next_tile;
+    sums = next_sums;
+    taken = 0;
+  }
+  WEIGHTOPS_INLINE void finish() { take(part.count); }
+
+ private:
   WEIGHTOPS_INLINE void take(int64_t count) {
     if (taken == part.count) return;
     const Range range{taken, std::min(taken + count, part.count)};
@@ -202,19 +226,14 @@ WEIGHTOPS_INLINE void multiply(const Product<typename Kernel::Sum>& product, Ran
             next + std::min<int64_t>(ahead_size, (p * (steps + 1) + done / 32) * ahead_step);
         done += chain;
         meanwhile.ahead = {ahead, next + ahead_size, ahead_step};
-        meanwhile.share = meanwhile.part.count * 32 / chain + 1;
-        meanwhile.taken = 0;
+        meanwhile.begin(chain);
         Kernel::multiply(segments.data(), segments.size(), part.count, meanwhile, tile);
-        meanwhile.take(area);
-        meanwhile.part = part;
-        meanwhile.tile = tile;
-        meanwhile.sums = mine;
+        meanwhile.end(part, tile, mine);
         std::swap(tile, other_tile);
       }
     }
   }
-  meanwhile.taken = 0;
-  meanwhile.take(area);
+  meanwhile.finish();
 }
 
 }  // namespace weightops::product

@@ -336,6 +336,11 @@ CONVS: list[tuple[int, int, int, tuple[int, ...], dict[str, Any]]] = [
     (4, 6, 2, (4,), {"stride": 2, "padding": 3}),
     (5, 5, 5, (3,), {"dilation": 3}),
     (16, 33, 1, (2,), {"padding": "same"}),
+    # Channels that fill bfloat16 tiles.
+    (24, 32, 1, (3, 3), {"padding": 1}),
+    (48, 62, 2, (3, 2), {"padding": (3, 0), "dilation": (2, 1)}),
+    (32, 27, 1, (1, 1), {"padding": 1}),
+    (96, 64, 2, (3,), {"stride": 2, "padding": 1}),
 ]
 
 
@@ -374,7 +379,7 @@ def test_convolutions(case: Any, regime: str, precision: str) -> None:
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("dtype", [torch.float64, *HALVES], ids=str)
 def test_convolutions_of_every_dtype(regime: str, dtype: torch.dtype) -> None:
-    for case in CONVS[1:4] + CONVS[13:15]:
+    for case in CONVS[1:4] + CONVS[13:15] + CONVS[16:18]:
         op, layer, args, index = convolution(case, regime, dtype)
         check(op, layer, args, index)
         check(op, layer, [*args[:3], None], index)
@@ -391,6 +396,17 @@ def test_convolutions_of_every_image_size(regime: str, pixels: int) -> None:
             return F.conv2d(x[None], w, b, padding=pad)[0]
 
         check(partial(manifold_conv2d, padding=problem.padding), layer, args, index)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_convolutions_of_more_pixels_than_are_summed_at_a_time(regime: str, batch: int) -> None:
+    *args, index = ManifoldConv(regime, batch, 24, 40, 37, 3, bases=2).make()
+
+    def layer(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return F.conv2d(x[None], w, b, padding=1)[0]
+
+    check(partial(manifold_conv2d, padding=1), layer, args, index)
 
 
 @pytest.mark.parametrize("kind", ["channels last", "transposed", "sliced", "expanded"])
