@@ -8,7 +8,7 @@ SOURCES = setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 # implementation under these settings.
 ALLOCATOR = THP_MEM_ALLOC_ENABLE=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=1073741824
 
-.PHONY: demo test slow bench wheel wheel-check sanitize gpu lint format clean build
+.PHONY: demo test slow bench wheel wheel-check sanitize gpu gpu-manifold lint format clean build
 
 build: $(VENV)/built
 
@@ -65,6 +65,11 @@ gpu:
 	$(HERE) WEIGHTOPS_BENCH_GPU=1 timeout 240 $(PYTHON) -m pytest bench/bench_permute.py -q \
 		--benchmark-only --benchmark-json=$(OUT)/bench.json
 	$(HERE) $(PYTHON) bench/report.py $(OUT)/bench.json --save $(OUT)
+
+# There too, and nothing needs to be built: the manifold ops, whose kernels Triton compiles as they are tested.
+gpu-manifold:
+	mkdir -p $(OUT)
+	$(HERE) timeout 540 $(PYTHON) -m pytest tests/test_gpu_manifold.py -m gpu -q 2>&1 | tee $(OUT)/gpu-manifold-tests.txt
 
 lint: build
 	$(BIN)/ruff check .

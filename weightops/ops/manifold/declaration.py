@@ -7,6 +7,7 @@ derivatives are these two again.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -384,3 +385,34 @@ _update: Callable = _op.define(
     check=_check_update,
     vmap=_update_vmap,
 )
+
+
+def _check_into(coeffs: Tensor, bases: Tensor, out: Tensor) -> None:
+    _check_synthesize(coeffs, bases)
+    _require(out.shape == (coeffs.shape[0], bases.shape[1]), "out does not fit coeffs and bases")
+
+
+def _serve_in_triton(op: str, check: Callable, module: str, launcher: str, by: str) -> None:
+    """Serve CUDA by a launcher whose module is imported when it is first called: Triton takes a second."""
+
+    def kernel(*args: Any) -> Any:
+        check(*args)
+        launchers = importlib.import_module(f"weightops.ops.manifold.{module}")
+        return getattr(launchers, launcher)(*args)
+
+    _op.serve(op, "cuda", kernel, by)
+
+
+if torch.version.cuda and importlib.util.find_spec("triton"):
+    _by = "Triton; torch, if one context is for all or channels are convolved one by one"
+    _serve_in_triton("manifold_contract", _check_contract, "triton", "contract", _by)
+    _serve_in_triton(
+        "manifold_contract_backward", _check_backward, "triton", "contract_backward", _by
+    )
+    _by = "Triton; torch, if bases and contexts are many"
+    for _name, _check_of in (
+        ("synthesize", _check_synthesize),
+        ("synthesize_into", _check_into),
+        ("synthesize_update", _check_update),
+    ):
+        _serve_in_triton(_name, _check_of, "triton_synthesize", _name, _by)
