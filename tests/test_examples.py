@@ -1,4 +1,4 @@
-"""What the experiments of ``examples`` show, in short form and in full."""
+"""What the experiments of ``examples`` show, in short form and in full, and what the docs tell of them."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,8 @@ import pytest
 import reproduce_manifold
 from manifold import report
 from rich.console import Console
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
 def means(results: report.Results, task: str, part: str) -> dict[str, float]:
@@ -64,3 +66,11 @@ def check_trends(results: report.Results) -> None:
 @pytest.mark.slow
 def test_trends_of_the_full_experiment() -> None:
     check_trends(reproduce_manifold.compare(False, Console(quiet=True)))
+
+
+def test_docs_tell_the_committed_run() -> None:
+    results = json.loads((DOCS / "manifold.json").read_text())
+    page = (DOCS / "reproductions.md").read_text()
+    assert report.markdown(results) in page
+    assert results["date"] in page
+    check_trends(results)
