@@ -8,7 +8,7 @@ SOURCES = setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 # implementation under these settings.
 ALLOCATOR = THP_MEM_ALLOC_ENABLE=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=1073741824
 
-.PHONY: demo test slow bench wheel wheel-check sanitize gpu gpu-manifold lint format clean build
+.PHONY: demo reproduce-manifold test slow bench wheel wheel-check sanitize gpu gpu-manifold lint format clean build
 
 build: $(VENV)/built
 
@@ -16,7 +16,7 @@ $(VENV)/ready: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt setuptools wheel cmake ninja pybind11 build \
-		numpy scipy rich matplotlib mlxtend lapx nfn einops safetensors triton \
+		numpy scipy rich matplotlib mlxtend scikit-learn lapx nfn einops safetensors triton \
 		pytest pytest-benchmark hypothesis expecttest ruff mypy clang-format pre-commit
 	# Without torchvision, whose wheels load only into the torch that they were built with (bench/condconv.py).
 	$(BIN)/pip install -q -c constraints.txt --no-deps timm
@@ -28,6 +28,9 @@ $(VENV)/built: $(VENV)/ready $(SOURCES)
 
 demo: build
 	$(BIN)/python examples/demo.py
+
+reproduce-manifold: build
+	$(BIN)/python examples/reproduce_manifold.py
 
 test: build
 	$(BIN)/python -m pytest

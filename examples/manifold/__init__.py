@@ -1,0 +1,1 @@
+"""Parts of ``reproduce_manifold.py``: tasks in varying contexts, networks that follow them, training, report."""

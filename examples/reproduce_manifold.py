@@ -1,0 +1,104 @@
+"""Walking the weight manifold: networks whose weights follow a context, against the alternatives.
+
+Digits of 16 x 16 turned (weights on an ellipse), under noise (on a line), turned and coloured (on a torus),
+and a denoiser for diffusion (on a B-spline along the level of noise). Compared to the context as an input,
+FiLM or a time embedding, and no context, in contexts that were trained and in those held out. Source:
+Benjamin et al. 2025, "Walking the Weight Manifold", arXiv 2505.22994. Ends with tables and curves, in the
+folder reproduced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import resource
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from datetime import date
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from manifold import report
+from manifold.training import COMPARISONS, run
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+import weightops
+
+PROCESSES = 2
+QUICK = ("rotation, an arc held out", "noise", "denoising")
+
+
+def cpu_seconds() -> float:
+    both = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    used = [resource.getrusage(who) for who in both]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def compare(quick: bool, console: Console) -> report.Results:
+    """Train and test all methods with all seeds."""
+    seeds, steps = (1, 150) if quick else (3, 1200)
+    chosen = [(task, methods) for task, methods in COMPARISONS if not quick or task.name in QUICK]
+    began, used = time.perf_counter(), cpu_seconds()
+    found, futures = {}, {}
+    columns = (TextColumn("{task.description:45}"), BarColumn(), TimeElapsedColumn())
+    with (
+        Progress(*columns, console=console) as progress,
+        ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool,
+    ):
+        for task, methods in chosen:
+            bar = progress.add_task(f"{task.name}, {len(methods)} networks", total=seeds)
+            for seed in range(seeds):
+                futures[pool.submit(run, task, methods, seed, steps)] = task, seed, bar
+        for future in as_completed(futures):
+            task, seed, bar = futures[future]
+            found[task.name, seed] = future.result()
+            progress.advance(bar)
+    return {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.system()} {platform.machine()}, {PROCESSES} processes of one thread",
+        "torch": torch.__version__,
+        "weightops": weightops.__version__,
+        "seconds": round(time.perf_counter() - began),
+        "cpu_seconds": round(cpu_seconds() - used),
+        "steps": steps,
+        "tasks": {
+            task.name: {
+                "score": task.scored,
+                "contexts": task.grid().tolist(),
+                "parts": {name: part.tolist() for name, part in task.parts(task.grid()).items()},
+                "methods": {
+                    method.name: {
+                        "parameters": method.parameters(task),
+                        "scores": [found[task.name, seed][n] for seed in range(seeds)],
+                    }
+                    for n, method in enumerate(methods)
+                },
+            }
+            for task, methods in chosen
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="three tasks, one seed, short training"
+    )
+    parser.add_argument(
+        "--save", type=Path, default=Path("reproduced"), help="folder for tables and curves"
+    )
+    arguments = parser.parse_args()
+    console = Console(width=130)
+    results = compare(arguments.quick, console)
+    report.show(console, results)
+    report.save(results, arguments.save)
+    console.print(
+        f"{results['seconds']} s, {results['cpu_seconds']} s of CPU time. "
+        f"Curves: {arguments.save / 'manifold.svg'}"
+    )
+
+
+if __name__ == "__main__":
+    main()
