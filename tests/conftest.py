@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from weightops import _load
+from weightops.ops.manifold import choice
 
 torch.set_num_threads(2)
 
@@ -13,6 +14,12 @@ torch.set_num_threads(2)
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def small_calls_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests are mostly small: the kernels serve them all the same."""
+    monkeypatch.setattr(choice, "by_torch", lambda *_: False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import weightops
 from weightops import _load, _op
+from weightops.ops.manifold import choice
 
 
 def collect() -> dict[str, Any]:
@@ -46,14 +47,19 @@ def manifold(x: Tensor, coeffs: Tensor, weight: Tensor, *, index: Tensor | None 
     """Which way :func:`weightops.manifold_linear` takes these arguments on a CPU, and why.
 
     Args:
-        x, coeffs, weight, index: as for :func:`weightops.manifold_linear`; of x and weight only
-            shapes and dtypes matter.
+        x, coeffs, weight, index: as for :func:`weightops.manifold_linear`; only shapes, dtypes and whether
+            gradients are asked for matter.
     """
     bases, outputs, inputs = weight.shape
     rows = x.numel() // max(1, inputs)
     contexts = len(coeffs) if coeffs.dim() == 2 else 1
     of_item = torch.arange(contexts) if index is None else index
     groups = (torch.bincount(of_item, minlength=contexts) * (rows // max(1, len(of_item)))).tolist()
+    if choice.by_torch(x, coeffs, weight, index):
+        return (
+            f"torch: one product of its own with all {bases} bases, mixed by the coefficients: {rows} rows are too "
+            "few to repay packing"
+        )
     host = _load.host()
     if host is None:
         return "the reference (plain torch): there is no compiled library"

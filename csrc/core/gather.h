@@ -286,11 +286,4 @@ inline void stream_lines(char* destination, const char* source, int64_t bytes) {
   std::memcpy(destination, source, bytes);
 }
 
-// Orders streamed lines before what follows; each thread calls it after its last gather.
-inline void stream_fence() {
-#if WEIGHTOPS_X86
-  _mm_sfence();
-#endif
-}
-
 }  // namespace weightops

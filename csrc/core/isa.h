@@ -44,4 +44,11 @@ inline const char* isa_name() {
   return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "generic";
 }
 
+// Orders streamed stores before what follows: each thread calls it after its last one.
+inline void stream_fence() {
+#if WEIGHTOPS_X86
+  asm volatile("sfence" ::: "memory");
+#endif
+}
+
 }  // namespace weightops

@@ -181,6 +181,7 @@ struct BasisSums : Sums<Kernel> {
   void* to;  // [basis, row, column], or null
   Kind kind;
   int64_t stride, basis_stride, bases;
+  bool large;         // more than the caches hold
   const Sum* coeffs;  // [term, basis], or null: a term is a basis
   // <products, bases> is added to dots[term, basis], where there are dots.
   Source<Sum> weight;  // its terms are the bases
@@ -193,6 +194,10 @@ struct BasisSums : Sums<Kernel> {
     alignas(64) Sum rest[lanes], room[product::kScratch];
     if (coeffs == nullptr) {
       Sum* own = sums + part.term * size;
+      if (part.opens && part.closes) {
+        write(part, range, part.term, tile);
+        return;
+      }
       accumulate(tile, Sum(1), own, range, part.opens);
       if (part.closes) write(part, range, part.term, own);
       return;
@@ -231,9 +236,16 @@ struct BasisSums : Sums<Kernel> {
   }
   WEIGHTOPS_INLINE void write(const Part& part, Range range, int64_t basis, const Sum* sums) {
     for (int64_t m = range.begin; m < range.end; ++m) {
-      for (int v = 0; v < lanes; v += step) this->watch(Arithmetic::load(sums + m * lanes + v));
-      put(to, kind, basis * basis_stride + (part.i + m) * stride + part.j, sums + m * lanes,
-          part.width);
+      const int64_t place = basis * basis_stride + (part.i + m) * stride + part.j;
+      Sum* own = static_cast<Sum*>(to) + place;
+      const bool past_cache =
+          large && part.width == lanes && reinterpret_cast<uintptr_t>(own) % 64 == 0;
+      for (int v = 0; v < lanes; v += step) {
+        const Vector value = Arithmetic::load(sums + m * lanes + v);
+        this->watch(value);
+        if (past_cache) Arithmetic::stream(own + v, value);
+      }
+      if (!past_cache) put(to, kind, place, sums + m * lanes, part.width);
     }
   }
 };

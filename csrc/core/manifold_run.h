@@ -256,6 +256,8 @@ struct Runner {
         out.stride = job.columns;
         out.basis_stride = job.rows * job.columns;
         out.bases = job.bases;
+        out.large = job.kind == Kind::same &&
+                    job.bases * out.basis_stride * int64_t(sizeof(Sum)) > 4 * product::kCacheBytes;
         out.coeffs = job.coeffs;
         out.weight = job.weight;
         out.dots = job.dots ? dots.data() + item * dot_size : nullptr;
@@ -265,6 +267,7 @@ struct Runner {
                 {panels.begin * Kernel::lanes, std::min(job.columns, panels.end * Kernel::lanes)},
                 out, packed, workspace_of<Kernel>()))
           finite = false;
+        if (out.large) stream_fence();
       }
     });
     for (size_t at = 0; at < dots.size(); ++at) job.dots[int64_t(at) % dot_size] += dots[at];

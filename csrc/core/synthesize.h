@@ -119,6 +119,7 @@ struct Streams {
       for (; begin + 4 * lanes <= end; begin += 4 * lanes) vectors(begin, std::true_type());
     for (; begin + 4 * lanes <= end; begin += 4 * lanes) vectors(begin, std::false_type());
     while (begin < end) single(begin++);
+    if (stream) stream_fence();
   }
 
   // One gradient against `count` bases: they are read and written once.

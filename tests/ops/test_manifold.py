@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import weightops.info
 from weightops import (
     manifold_conv1d,
     manifold_conv2d,
@@ -17,6 +18,8 @@ from weightops import (
     synthesize_update_,
     testing,
 )
+from weightops.ops.manifold import choice
+from weightops.ops.manifold.choice import by_torch
 from weightops.testing import REGIMES, ManifoldConv, ManifoldLinear, Synthesize
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -316,6 +319,39 @@ def test_results_do_not_depend_on_the_rest_of_the_batch() -> None:
     torch.testing.assert_close(shuffled, whole[order])
     each = manifold_linear(x, coeffs[index], weight, bias)
     torch.testing.assert_close(each, whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_small_calls_by_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "by_torch", by_torch)
+    for rows, inputs, outputs in [(1, 17, 33), (31, 5, 2), (128, 33, 17)]:
+        problem = ManifoldLinear("per-sample", rows, inputs, outputs, 3, dtype=dtype)
+        x, coeffs, weight, bias, index = problem.make()
+        assert by_torch(x.requires_grad_(), coeffs, weight, index)
+        assert "torch" in weightops.info.manifold(x, coeffs, weight)
+        for bias_or_none in (bias, None):
+            check(manifold_linear, F.linear, [x.detach(), coeffs, weight, bias_or_none], index)
+
+
+def test_where_torch_serves() -> None:
+    def asks(rows: int, size: int, dtype: torch.dtype = torch.float32, **options: Any) -> bool:
+        x, weight = torch.zeros(rows, size, dtype=dtype), torch.zeros(3, size, size, dtype=dtype)
+        gradients = options.pop("gradients", True)
+        return by_torch(
+            x.requires_grad_(gradients), torch.zeros(rows, 3), weight, options.get("index")
+        )
+
+    assert asks(128, 64)
+    assert not asks(129, 64)
+    assert asks(64, 64, gradients=False)
+    assert not asks(65, 64, gradients=False)
+    assert asks(32, 1024)
+    assert not asks(33, 1024)
+    assert not asks(8, 1024, gradients=False)
+    assert not asks(8, 64, torch.bfloat16)
+    assert not asks(8, 64, index=torch.zeros(8, dtype=torch.int64))
+    with torch.no_grad():
+        assert not asks(100, 64)
 
 
 # channels, outputs, groups, kernel, options

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from weightops import _check, _op
-from weightops.ops.manifold import arguments
+from weightops.ops.manifold import arguments, choice
 from weightops.ops.manifold.declaration import (
     _backward,
     _contract,
@@ -69,6 +69,9 @@ def manifold_linear(
             f"{where}: x has {x.shape[-1]} inputs (shape {list(x.shape)}), "
             f"but weight has {weight.shape[2]} (shape {list(weight.shape)})"
         )
+    if choice.by_torch(x, coeffs, weight, index):
+        y = choice.contract(x, rows, weight)
+        return y if bias is None else y + rows @ bias
     *lead, inputs = x.shape
     if coeffs.dim() == 1:
         items = x.reshape(1, prod(lead), inputs)
@@ -156,8 +159,8 @@ def _convolve(
 
 
 def _shift(coeffs: Tensor, bias: Tensor | None) -> Tensor | None:
-    """The biases [G, out] of contexts ``coeffs`` [G, K], as weights are synthesised."""
-    return None if bias is None else _synthesize(coeffs, bias.to(coeffs.dtype))
+    """The biases [G, out] of contexts ``coeffs`` [G, K]."""
+    return None if bias is None else coeffs @ bias.to(coeffs.dtype)
 
 
 def synthesize(coeffs: Tensor, bases: Tensor, *, out: Tensor | None = None) -> Tensor:
