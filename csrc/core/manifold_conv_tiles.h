@@ -28,17 +28,17 @@ class ConvolutionTiles {
     const int64_t taps = problem.planes.taps(), size = problem.bases * problem.weight_size();
     // Channels are what sums run over: inputs forward, outputs backward. They shall follow each
     // other.
-    Packed* turned = shared_room<Packed>().get(size * problem.element() / sizeof(Packed));
+    const std::unique_ptr<char[]> turned(new char[size * problem.element()]);
     by_kind<Sum>(problem.kind, [&](auto number) {
       using T = decltype(number);
       const T* weight = static_cast<const T*>(problem.weight);
-      T* to = reinterpret_cast<T*>(turned);
+      T* to = reinterpret_cast<T*>(turned.get());
       if (job.y)
         exchange(weight, size / problem.depth(), problem.in, taps, to, team);
       else
         exchange(weight, problem.bases * problem.groups, problem.out, problem.depth(), to, team);
     });
-    problem.weight = turned;
+    problem.weight = turned.get();
     static thread_local Buffer<Sum> sums;
     Sum* const to_weight = job.to_weight;
     if (to_weight) job.to_weight = sums.get(job.image_parts * size);
@@ -240,9 +240,8 @@ class ConvolutionTiles {
     const Layout layout{planes_, in_, true};
     const int64_t pixels = planes_.spread_pixels(), columns = product::panels_of<Kernel>(pixels),
                   blocks = product::blocks_of<Kernel>(out_);
-    // One room for all operands, which then lie in huge pages.
-    Packed* image_room = room_.columns.get(layout.size() + blocks * taps_ * Kernel::block(in_));
-    Packed* weights = image_room + layout.size();
+    Packed* image_room = room_.columns.get(layout.size());
+    Packed* weights = room_.rows.get(blocks * taps_ * Kernel::block(in_));
     Sum* result = room_.results.get(out_ * planes_.out_height * planes_.pitch());
     std::fill_n(image_room, layout.size(), Packed(0));
     int64_t held_context = -1, held_group = -1, held_image = -1;
