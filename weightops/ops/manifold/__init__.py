@@ -160,7 +160,8 @@ def _convolve(
 
 def _shift(coeffs: Tensor, bias: Tensor | None) -> Tensor | None:
     """The biases [G, out] of contexts ``coeffs`` [G, K]."""
-    return None if bias is None else coeffs @ bias.to(coeffs.dtype)
+    # As an op of this library, which autocast leaves alone.
+    return None if bias is None else _synthesize(coeffs, bias.to(coeffs.dtype))
 
 
 def synthesize(coeffs: Tensor, bases: Tensor, *, out: Tensor | None = None) -> Tensor:

@@ -14,14 +14,16 @@ _LARGE = 1 << 20
 def by_torch(x: Tensor, coeffs: Tensor, weight: Tensor, index: Tensor | None) -> bool:
     """Whether :func:`contract` is the faster way on a CPU: a rule measured on AVX-512 and AMX.
 
-    Only where entries of ``x`` ``[B, in]`` have contexts of their own, and not for half types, which it
-    would round once a basis.
+    Only where entries of ``x`` ``[B, in]`` have contexts of their own; not for half types, which it would
+    round once a basis, as autocast would.
     """
     if index is not None or coeffs.dim() != 2 or x.dim() != 2 or x.device.type != "cpu":
         return False
     rows, entries = x.shape[0], weight.numel()
     symbolic = not (isinstance(rows, int) and isinstance(entries, int))
     if symbolic or torch.compiler.is_compiling() or x.dtype not in (torch.float32, torch.float64):
+        return False
+    if torch.is_autocast_enabled("cpu"):
         return False
     large = entries > _LARGE
     if _op.matmul_precision(x.dtype) != "highest":
