@@ -82,6 +82,11 @@ def work(problem: Problem, passes: str) -> dict:
     }
 
 
+def skip_if_large(name: str, problem: ManifoldLinear, weight: Tensor) -> None:
+    if name == "bmm" and problem.batch * weight[0].nbytes > MOST_BYTES:
+        pytest.skip("weights of every sample take more than 256 MiB")
+
+
 def compare(
     measure: Callable,
     problem: Problem,
@@ -113,8 +118,7 @@ def test_per_sample(
     benchmark.group = f"manifold {problem} {passes}"
     x, coeffs, weight, _, _ = problem.make(device)
     name = implementation.removeprefix("medium-")
-    if name == "bmm" and problem.batch * weight[0].nbytes > MOST_BYTES:
-        pytest.skip("weights of every sample take more than 256 MiB")
+    skip_if_large(name, problem, weight)
     f = peers.LINEAR.get(name, weightops.manifold_linear)
     leaves = [x, coeffs, weight]
     compare(measure, problem, passes, implementation, f, weightops.manifold_linear, leaves)
@@ -143,8 +147,7 @@ def test_grouped(
     benchmark.group = f"manifold {problem} {passes}"
     x, coeffs, weight, _, index = problem.make(device)
     name = implementation.removeprefix("medium-")
-    if name == "bmm" and problem.batch * weight[0].nbytes > MOST_BYTES:
-        pytest.skip("weights of every sample take more than 256 MiB")
+    skip_if_large(name, problem, weight)
 
     def ours(x: Tensor, coeffs: Tensor, weight: Tensor) -> Tensor:
         return weightops.manifold_linear(x, coeffs, weight, index=index)
