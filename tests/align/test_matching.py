@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 import weightops
 from weightops import align, testing
-from weightops.align.matching import _score
 
 SPEC = testing.mlp_spec(6, 12, 9, 4)
 RECURRENT = weightops.WeightSpec(
@@ -36,7 +35,7 @@ def test_objective_rises_to_what_the_permutations_give(spec: weightops.WeightSpe
     generator = torch.Generator().manual_seed(2)
     flat = torch.randn(5, spec.numel, generator=generator)
     found = align.match(spec, flat[0], flat[1:], seed=3)
-    assert (found.history.diff(dim=0) >= 0).all()
+    assert (found.history.diff(dim=0) >= -1e-5).all()
     # With a label twice in one tensor the proposals are linearised, and a network may stay as it is.
     assert (found.history[-1] > found.history[0]).sum() >= (3 if spec is RECURRENT else 4)
     aligned = weightops.permute(flat[1:], found.perms, spec).double()
@@ -55,33 +54,6 @@ def test_no_swap_of_two_units_improves_the_match() -> None:
                 swapped[label][0, [i, j]] = swapped[label][0, [j, i]]
                 reached = weightops.permute(flat[1:], swapped, SPEC)[0] @ flat[0]
                 assert reached <= found.objective[0] + 1e-9
-
-
-def test_scores_are_what_moving_a_unit_gains() -> None:
-    generator = torch.Generator().manual_seed(5)
-    spec = weightops.WeightSpec(
-        {"q": (("head", "dim"), "d"), "n": ("d",), "o": ("d", ("head", "dim"))},
-        {"q": (6, 4), "n": (4,), "o": (4, 6)},
-        sizes={"head": 2},
-    )
-    flat = torch.randn(2, spec.numel, generator=generator, dtype=torch.float64)
-    views = {"reference": spec.unflatten(flat[0]), "current": spec.unflatten(flat[1:])}
-    for label, size in spec.labels.items():
-        score = _score(views, spec, label, list(spec.shapes), 1)[0]
-        identity = spec.identity(1)
-        fixed = sum(
-            (views["reference"][name].flatten() * views["current"][name].flatten()).sum()
-            for name in spec.shapes
-            if not any(
-                label == each
-                for axis in range(len(spec.shapes[name]))
-                for each, _ in spec.factors(name, axis)
-            )
-        )
-        for _ in range(5):
-            p = torch.randperm(size, generator=generator)
-            moved = weightops.permute(flat[1:], {**identity, label: p[None]}, spec)[0] @ flat[0]
-            torch.testing.assert_close(score[torch.arange(size), p].sum() + fixed, moved)
 
 
 def test_running_statistics_do_not_steer_the_match() -> None:
@@ -209,7 +181,8 @@ def test_reset_statistics_equal_those_of_one_large_batch() -> None:
             {"reference": torch.zeros(3)},
             r"match: reference has shape \[3\], but the spec's networks have",
         ),
-        ({"reference": torch.zeros(1, SPEC.numel)}, r"match: reference must have shape"),
+        ({"reference": torch.zeros(1, 1, SPEC.numel)}, "match: reference must have shape"),
+        ({"reference": torch.zeros(1, SPEC.numel)}, r"match: flat must have shape \[N, T, P\]"),
         ({"flat": torch.zeros(SPEC.numel)}, r"match: flat must have shape \[N, P\]"),
         (
             {"flat": torch.zeros(1, SPEC.numel).double()},
@@ -220,7 +193,7 @@ def test_reset_statistics_equal_those_of_one_large_batch() -> None:
             r"match: flat must be finite, but flat\[0, 0\] is nan",
         ),
         ({"method": "magic"}, "match: method must be one of"),
-        ({"max_sweeps": 0}, "match: max_sweeps must be an integer from 1"),
+        ({"max_sweeps": 0}, "match: max_sweeps must be at least 1"),
         ({"tensors": ["nope"]}, "match: tensors has 'nope'"),
         ({"tensors": []}, "match: tensors is empty"),
         ({"seed": "x"}, "match: seed must be an integer"),
