@@ -12,6 +12,7 @@
 #include <limits>
 
 #include "assign.h"
+#include "gram.h"
 #include "manifold_regime.h"
 #include "manifold_run.h"
 
@@ -90,22 +91,44 @@ struct Plan {
   }
 };
 
+// to[c][u] = from[u * stride + c]
+template <class Sum>
+void turn(const Sum* from, int64_t stride, int64_t units, int64_t columns, Sum* to) {
+  constexpr int64_t lanes = 16 / sizeof(Sum);
+  using Arithmetic = Simd<Sum, 16>;
+  int64_t u = 0;
+  for (; u + lanes <= units; u += lanes) {
+    const Sum* rows[lanes];
+    for (int64_t k = 0; k < lanes; ++k) rows[k] = from + (u + k) * stride;
+    int64_t c = 0;
+    for (; c + lanes <= columns; c += lanes) {
+      typename Arithmetic::Vector block[lanes];
+      for (int64_t k = 0; k < lanes; ++k) block[k] = Arithmetic::load(rows[k] + c);
+      Arithmetic::transpose(block);
+      for (int64_t k = 0; k < lanes; ++k) Arithmetic::store(to + (c + k) * units + u, block[k]);
+    }
+    for (; c < columns; ++c)
+      for (int64_t k = 0; k < lanes; ++k) to[c * units + u + k] = rows[k][c];
+  }
+  for (; u < units; ++u)
+    for (int64_t c = 0; c < columns; ++c) to[c * units + u] = from[u * stride + c];
+}
+
 // Copies [depth, size] of a label's tensors.
 template <class Sum>
 void copy_rows(const Label& label, const Sum* data, Sum* to) {
-  for (const Place& place : label.places) {
-    // Positions whose numbers fill a cache line are copied at a time.
-    const int64_t together = std::max<int64_t>(1, 64 / int64_t(sizeof(Sum)) / place.run);
-    for (int64_t first = 0; first < place.positions(); first += together) {
-      const int64_t last = std::min(first + together, place.positions());
-      for (int64_t unit = 0; unit < label.size; ++unit)
-        for (int64_t p = first; p < last; ++p) {
-          const Sum* from = data + place.offset + place.at[p] + unit * place.stride;
-          Sum* row = to + (place.row + p * place.run) * label.size + unit;
-          for (int64_t r = 0; r < place.run; ++r) row[r * label.size] = from[r];
-        }
+  constexpr int64_t kColumns = 64;  // whose rows of the copy stay in the cache
+  for (const Place& place : label.places)
+    for (int64_t p = 0, next; p < place.positions(); p = next) {
+      // Positions that follow each other are copied at once.
+      int64_t columns = place.run;
+      for (next = p + 1; next < place.positions() && place.at[next] == place.at[p] + columns &&
+                         columns < kColumns;
+           ++next)
+        columns += place.run;
+      turn(data + place.offset + place.at[p], place.stride, label.size, columns,
+           to + (place.row + p * place.run) * label.size);
     }
-  }
 }
 
 // What is known of one label of one network.
@@ -136,7 +159,7 @@ class Descent {
     team_(sides_.size(), [&](int64_t begin, int64_t end) {
       for (int64_t l = begin; l < end; ++l) {
         const Label& label = plan_.labels[l];
-        copy_rows(label, network, sides_[l].rows.get(label.depth * label.size));
+        copy_rows(label, network, sides_[l].rows.get(label.depth * label.size + gram::kMargin));
         std::iota(perms_[l], perms_[l] + label.size, 0);
         sides_[l].exact = label.depth == 0;
       }
@@ -243,12 +266,12 @@ class Descent {
     const int64_t changed = rows_.size();
     if (known && changed == 0) return false;
     const Sum* own = side.rows.get(0);
-    if (known && 3 * changed < 2 * label.depth) {
+    if (known && 2 * changed < label.depth) {
       // Differences are taken a part at a time, which stays in the cache.
       const int64_t part = std::max<int64_t>(64, (1 << 18) / n);
       for (int64_t begin = 0; begin < changed; begin += part) {
         const int64_t count = std::min(part, changed - begin);
-        Sum* differences = differences_.get(count * n);
+        Sum* differences = differences_.get(count * n + gram::kMargin);
         for (int64_t k = 0; k < count; ++k) {
           const Sum *now = own + picked_[begin + k] * n, *before = own + replaced_[begin + k] * n;
           for (int64_t j = 0; j < n; ++j) differences[k * n + j] = now[j] - before[j];
@@ -303,6 +326,7 @@ class Descent {
     using product::Kind;
     using product::Lies;
     const int64_t n = plan_.labels[l].size;
+    if (n <= kNarrow) return gram::run<Sum>({references_[l], rows, order, picked, depth, n, to});
     manifold::BasesJob<Sum> job{};
     job.product.left = {references_[l], Kind::same, Lies::across, n};
     job.product.left.order = order;
@@ -315,8 +339,8 @@ class Descent {
     job.bases = 1;
     const bool small = n * n * depth < kSmall;
     const Team alone = [](int64_t count, const auto& f) { f(0, count); };
-    manifold::run_best<manifold::Runner, Sum>(job, manifold::parts_for(n, 3), small ? 1 : threads_,
-                                              small ? alone : team_, [] {});
+    manifold::run_best<manifold::Runner, Sum>(job, manifold::parts_available(3),
+                                              small ? 1 : threads_, small ? alone : team_, [] {});
   }
 
   double inner(int64_t l, const Place& place) {
@@ -330,9 +354,13 @@ class Descent {
       for (int64_t r = 0; r < place.run; ++r) {
         const Sum* ours = reference + (place.row + p * place.run + r) * n;
         const Sum* theirs = own + (place.row + numbers[p] * place.run + r) * n;
-        double sum = 0;
-        for (int64_t j = 0; j < n; ++j) sum += double(ours[j]) * double(theirs[perm[j]]);
-        total += sum;
+        double sums[4] = {};  // one alone would wait for itself
+        int64_t j = 0;
+        for (; j + 4 <= n; j += 4)
+          for (int64_t k = 0; k < 4; ++k)
+            sums[k] += double(ours[j + k]) * double(theirs[perm[j + k]]);
+        for (; j < n; ++j) sums[0] += double(ours[j]) * double(theirs[perm[j]]);
+        total += sums[0] + sums[1] + sums[2] + sums[3];
       }
     return total;
   }
@@ -348,7 +376,8 @@ class Descent {
     return total;
   }
 
-  static constexpr int64_t kSmall = 1 << 21;  // products not worth another thread
+  static constexpr int64_t kNarrow = 64;      // products whose packing would cost as much
+  static constexpr int64_t kSmall = 1 << 24;  // products not worth another thread
 
   const Plan& plan_;
   const std::vector<const Sum*>& references_;

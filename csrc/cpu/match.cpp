@@ -26,13 +26,13 @@ bool run(const match::Plan& plan, const Tensor& reference, const Tensor& flat, c
   const Team alone = [](int64_t count, const std::function<void(int64_t, int64_t)>& f) {
     f(0, count);
   };
-  const bool small = numel < 1 << 16;
+  const bool small = numel < 1 << 19;
   std::vector<Buffer<Sum>> copies(labels);
   std::vector<const Sum*> references(labels);
   (small ? alone : together)(labels, [&](int64_t begin, int64_t end) {
     for (int64_t l = begin; l < end; ++l) {
       const auto& label = plan.labels[l];
-      Sum* to = copies[l].get(label.depth * label.size);
+      Sum* to = copies[l].get(label.depth * label.size + gram::kMargin);
       match::copy_rows(label, ours, to);
       references[l] = to;
     }
