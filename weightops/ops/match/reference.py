@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,19 +43,64 @@ def match_weights(
     return tuple(t.to(flat.device) for t in (found_perms, history, counts))  # type: ignore[return-value]
 
 
+class _Side(NamedTuple):
+    """A label's units in one tensor, ``[n, positions of the other factors, run]``."""
+
+    ours: Tensor  # [n, ...], flattened
+    theirs: Tensor
+    labels: list[int]  # of theirs' further axes
+    counts: int
+
+
+def _sides(plan: Decoded, reference: Tensor, network: Tensor) -> list[list[_Side]]:
+    def view(flat: Tensor, size: int, place: Place) -> Tensor:
+        flat = flat.contiguous()
+        sizes = [size, *(factor.size for factor in place.others), place.run]
+        strides = [place.stride, *(factor.stride for factor in place.others), 1]
+        return flat.as_strided(sizes, strides, flat.storage_offset() + place.offset)
+
+    return [
+        [
+            _Side(
+                view(reference, size, place).reshape(size, -1),
+                view(network, size, place),
+                [factor.label for factor in place.others],
+                place.counts,
+            )
+            for place in places
+        ]
+        for size, places in zip(plan.sizes, plan.places, strict=True)
+    ]
+
+
 def _descend(
     plan: Decoded, reference: Tensor, network: Tensor, order: list[list[int]]
 ) -> tuple[list[Tensor], list[float]]:
     from scipy.optimize import linear_sum_assignment
 
+    sides = _sides(plan, reference, network)
+    ours, theirs = reference.reshape(-1).double(), network.reshape(-1).double()
+    fixed = sum(torch.dot(ours[begin:end], theirs[begin:end]).item() for begin, end in plan.fixed)
+
+    def objective(perms: list[Tensor]) -> float:
+        return fixed + sum(
+            (side.ours.double() * _rows(side, perms)[perms[label]].double()).sum().item()
+            for label, each in enumerate(sides)
+            for side in each
+            if side.counts
+        )
+
     perms = [torch.arange(size) for size in plan.sizes]
-    objectives = [_objective(plan, reference, network, perms)]
+    objectives = [objective(perms)]
     for labels in order:
         gained = 0.0
         for label in labels:
-            score = _score(plan, reference, network, perms, label)
-            columns = linear_sum_assignment(score.numpy(), maximize=True)[1]
-            move = torch.from_numpy(columns)
+            if not sides[label]:
+                continue
+            # What the objective gains when unit j of the network comes to i.
+            score = sum(side.ours @ _rows(side, perms).T for side in sides[label])
+            assert isinstance(score, Tensor)
+            move = torch.from_numpy(linear_sum_assignment(score.numpy(), maximize=True)[1])
             before, after = (score.gather(1, p[:, None])[:, 0] for p in (perms[label], move))
             moved = move != perms[label]
             gain = (after - before).double()[moved].sum().item()
@@ -63,48 +109,24 @@ def _descend(
             if gain <= 4 * torch.finfo(score.dtype).eps * magnitude:
                 continue
             candidate = [*perms[:label], move, *perms[label + 1 :]]
-            if any(each.label == label for p in plan.places[label] for each in p.others):
+            if any(label in side.labels for side in sides[label]):
                 # The label stands twice in a tensor: scores are a linearisation that may mislead.
-                now = _objective(plan, reference, network, perms)
-                gain = _objective(plan, reference, network, candidate) - now
+                now = objective(perms)
+                gain = objective(candidate) - now
                 if gain <= 1e-12 * abs(now):
                     continue
             perms, gained = candidate, gained + gain
         objectives.append(objectives[-1] + gained)
         if gained == 0:
             break
-    objectives[-1] = _objective(plan, reference, network, perms)
+    objectives[-1] = objective(perms)
     return perms, objectives
 
 
-def _score(
-    plan: Decoded, reference: Tensor, network: Tensor, perms: list[Tensor], label: int
-) -> Tensor:
-    """``[n, n]``: what the objective gains when unit j of the network comes to i."""
-    size = plan.sizes[label]
-    score = reference.new_zeros(size, size)
-    for place in plan.places[label]:
-        score += _rows(reference, place, size) @ _rows(network, place, size, perms).T
-    return score
-
-
-def _rows(flat: Tensor, place: Place, size: int, perms: list[Tensor] | None = None) -> Tensor:
-    """A label's units ``[n, ...]`` in one tensor, whose other axes are permuted."""
-    sizes = [size, *(factor.size for factor in place.others), place.run]
-    strides = [place.stride, *(factor.stride for factor in place.others), 1]
-    rows = flat.contiguous().as_strided(sizes, strides, flat.storage_offset() + place.offset)
-    for axis, factor in enumerate(place.others, 1):
-        if perms is not None and factor.label != FIXED:
-            rows = rows.index_select(axis, perms[factor.label])
-    return rows.reshape(size, -1)
-
-
-def _objective(plan: Decoded, reference: Tensor, network: Tensor, perms: list[Tensor]) -> float:
-    ours, theirs = reference.reshape(-1).double(), network.reshape(-1).double()
-    total = sum(torch.dot(ours[begin:end], theirs[begin:end]).item() for begin, end in plan.fixed)
-    for label, (size, places) in enumerate(zip(plan.sizes, plan.places, strict=True)):
-        for place in places:
-            if place.counts:
-                permuted = _rows(network, place, size, perms)[perms[label]]
-                total += (_rows(reference, place, size).double() * permuted.double()).sum().item()
-    return total
+def _rows(side: _Side, perms: list[Tensor]) -> Tensor:
+    """The network's units ``[n, ...]``, whose other axes are permuted."""
+    rows = side.theirs
+    for axis, label in enumerate(side.labels, 1):
+        if label != FIXED:
+            rows = rows.index_select(axis, perms[label])
+    return rows.reshape(len(rows), -1)
