@@ -126,12 +126,12 @@ class Probe:
 
     def error(self, spec: WeightSpec, perms: Permutations, *, gradients: bool = True) -> float:
         """The largest change of an output or a gradient, over the largest entry of its kind."""
-        moved, expected = permute(torch.stack([self.row, self.grads]), perms, spec)
-        outputs, grads = self.network(moved, gradients=gradients)
+        outputs, grads = self.network(permute(self.row[None], perms, spec)[0], gradients=gradients)
         if len(outputs) != len(self.outputs):
             return float("inf")
         pairs = list(zip(outputs, self.outputs, strict=True))
         if gradients:
+            expected = permute(self.grads[None], perms, spec)[0]
             pairs.append((torch.zeros_like(expected) if grads is None else grads, expected))
         return max(_relative(given, due) for given, due in pairs)
 
