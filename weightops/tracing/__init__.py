@@ -1,16 +1,15 @@
-"""Specs derived from models: which axes of the weights permute together, read off the exported graph."""
+"""Specs derived from models, and their proof."""
 
-from __future__ import annotations
+from weightops.tracing.explain import Explanation, Label, explain
+from weightops.tracing.graph import trace
+from weightops.tracing.verify import Verification, VerificationError, verify
 
-from typing import Any
-
-from torch import nn
-
-from weightops.spec import WeightSpec
-from weightops.tracing.graph import derive
-
-__all__ = ["trace"]
-
-
-def trace(model: nn.Module, *example_inputs: Any, **kwargs: Any) -> WeightSpec:
-    return derive("trace", model, example_inputs, kwargs).spec
+__all__ = [
+    "Explanation",
+    "Label",
+    "Verification",
+    "VerificationError",
+    "explain",
+    "trace",
+    "verify",
+]
