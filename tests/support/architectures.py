@@ -64,9 +64,7 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """As torchvision's, stem of 7 x 7 and all."""
 
-    def __init__(
-        self, block: Any, depths: Sequence[int], width: int = 8, classes: int = 5
-    ) -> None:
+    def __init__(self, block: Any, depths: Sequence[int], width: int = 8, classes: int = 5) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -268,7 +266,10 @@ class ViTBlock(nn.Module):
 
 class ViT(nn.Module):
     def __init__(
-        self, attention: Callable[[int, int], nn.Module] = FusedAttention, depth: int = 2, dim: int = 12
+        self,
+        attention: Callable[[int, int], nn.Module] = FusedAttention,
+        depth: int = 2,
+        dim: int = 12,
     ) -> None:
         super().__init__()
         self.patch_embed = nn.Conv2d(3, dim, 4, 4)

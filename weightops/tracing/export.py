@@ -109,9 +109,9 @@ def read_weights(model: nn.Module) -> Weights:
             names[name] = seen[key]
             continue
         shapes[name], names[name], seen[key] = tuple(tensor.shape), name, name
-        begin = tensor.storage_offset() * tensor.element_size()
+        begin = int(tensor.storage_offset()) * tensor.element_size()
         reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-        end = begin + reach * tensor.element_size()
+        end = begin + int(reach) * tensor.element_size()
         for first, last, other in spans.get(storage, ()):
             if tensor.numel() and first < end and begin < last:
                 overlapping[name], overlapping[other] = other, name

@@ -7,22 +7,31 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise, product
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from weightops import _check
 from weightops.spec import Axis as Entry
 from weightops.spec import WeightSpec
-from weightops.tracing import rules_layers, rules_views  # noqa: F401  (they register their rules)
+from weightops.tracing import (  # noqa: F401  (they register their rules)
+    rules_joins,
+    rules_layers,
+    rules_lookups,
+    rules_sequences,
+    rules_slices,
+    rules_views,
+)
 from weightops.tracing.export import export, read_weights
 from weightops.tracing.labels import Axis, Labels
 from weightops.tracing.names import name_labels
-from weightops.tracing.rules import Axes, Stack
+from weightops.tracing.rules import Axes, Stack, replace
 from weightops.tracing.walk import Decisions, Walk
 
 #: an axis as the spec writes it: (label's atom, or ``None`` if fixed; size), slowest first
-Factors = tuple[tuple[int | None, int], ...]
+Factors: TypeAlias = tuple[tuple[int | None, int], ...]
+#: the bounds of a part of a tensor, and its axes
+Block: TypeAlias = tuple[tuple[tuple[int, int], ...], Axes]
 
 
 @dataclass(frozen=True)
@@ -59,14 +68,54 @@ class Part:
 
 @dataclass(frozen=True)
 class Derivation:
-    """A spec with what it was made of."""
+    """A spec with what it was made of.
+
+    Attributes:
+        spec: the spec.
+        parts: its tensors, in order.
+        origins: label -> the part and axis that it is named after.
+        unknown: op without a rule -> how many nodes it has.
+    """
 
     spec: WeightSpec
     parts: tuple[Part, ...]
+    origins: Mapping[str, tuple[Part, int]]
     unknown: Mapping[str, int]
 
 
-def derive(where: str, model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Derivation:
+def trace(model: nn.Module, *example_inputs: Any, **kwargs: Any) -> WeightSpec:
+    """Derive which axes of a model's weights permute together.
+
+    The model is exported in eval mode (``torch.export``), every axis of every tensor in the graph
+    gets a label, and each op ties labels together, refines them or fixes them. Inputs, outputs,
+    constants, kernels and what an op that is not known reads are fixed. Axes that are concatenated
+    or split become parts of tensors (:class:`weightops.WeightSpec`), views that split an axis make
+    products of labels. Labels are named after the first module whose output axis carries them.
+
+    The spec is a claim from the ops' rules, marked ``unverified`` until :func:`weightops.verify` has
+    proven it on the model.
+
+    Args:
+        model: the architecture, on any device (meta too); neither its weights nor its mode change.
+        example_inputs: what its ``forward`` takes. Sizes matter, values do not.
+        kwargs: further inputs of ``forward`` by name.
+
+    Returns:
+        A spec of all floating tensors of the state dict in its order, tied ones once.
+
+    Raises:
+        ValueError: ``torch.export`` fails; names the module and line that it failed at.
+        TypeError: ``model`` is no module.
+
+    Source: weight-space symmetries as in Ainsworth et al., "Git Re-Basin", arXiv 2209.04836, derived
+    instead of written by hand.
+    """
+    return derive("trace", model, example_inputs, kwargs).spec
+
+
+def derive(
+    where: str, model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Derivation:
     """Walk the exported graph until every axis that is a stack was seen as one."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{where}: model must be a module, not {_check.describe(model)}")
@@ -84,14 +133,15 @@ def derive(where: str, model: nn.Module, inputs: tuple[Any, ...], kwargs: Mappin
         for name, shape in weights.shapes.items()
         for part in _parts(walk.labels, name, shape, walk.weights[name])
     )
-    names = name_labels(model, parts)
-    sizes = {names[atom]: size for part in parts for axis in part.factors for atom, size in axis if atom is not None}
+    names, origins = name_labels(model, parts)
+    factors = [factor for part in parts for axis in part.factors for factor in axis]
     spec = WeightSpec(
         {part.name: [_entry(axis, names) for axis in part.factors] for part in parts},
         {part.name: [stop - start for start, stop in part.bounds] for part in parts},
-        sizes=sizes,
+        sizes={names[atom]: size for atom, size in factors if atom is not None},
+        unverified=True,
     )
-    return Derivation(spec, parts, walk.unknown)
+    return Derivation(spec, parts, origins, walk.unknown)
 
 
 def _entry(factors: Factors, names: Mapping[int, str]) -> Entry:
@@ -112,7 +162,8 @@ def _factors(labels: Labels, axis: Axis) -> Factors | None:
             found.append((None if labels.is_fixed((atom,)) else atom, labels.size(atom)))
     merged: list[tuple[int | None, int]] = []
     for fixed, group in groupby(found, lambda factor: factor[0] is None):
-        merged += [(None, prod(size for _, size in group))] if fixed else group
+        listed = list(group)
+        merged += [(None, prod(size for _, size in listed))] if fixed else listed
     return tuple(merged)
 
 
@@ -184,53 +235,44 @@ def _close_gap(labels: Labels, factors: Factors) -> None:
 
 
 def _parts(labels: Labels, name: str, shape: Sequence[int], value: Axes | Stack) -> Iterator[Part]:
-    if isinstance(value, Stack):
-        bounds = list(
-            pairwise(
-                accumulate(
-                    (labels.length(labels.atoms(part[value.dim])) for part in value.parts), initial=0
-                )
-            )
-        )
-        blocks = [
-            part
-            for axes, bound in zip(value.parts, bounds, strict=True)
-            for part in _blocks(labels, axes, value.dim, bound[0])
-        ]
-        first = value.parts[0]
-        alike = all(
-            [_factors(labels, a) for d, a in enumerate(axes) if d != value.dim]
-            == [_factors(labels, a) for d, a in enumerate(first) if d != value.dim]
-            for axes in value.parts
-        ) and all(None not in (_factors(labels, a) for a in axes) for axes in value.parts)
-        if alike:
-            axis = labels.join([axes[value.dim] for axes in value.parts])
-            blocks = list(
-                _blocks(labels, (*first[: value.dim], axis, *first[value.dim + 1 :]), 0, 0)
-            )
-    else:
-        blocks = list(_blocks(labels, value, 0, 0))
-    for bounds_, axes in blocks:
-        factors = [_factors(labels, axis) for axis in axes]
-        assert None not in factors
+    for bounds, axes in (
+        _stack_blocks(labels, value) if isinstance(value, Stack) else _blocks(labels, value)
+    ):
+        factors = [_factors(labels, axis) or () for axis in axes]
         yield Part(
             name,
             tuple(shape),
-            bounds_,
-            tuple(each for each in factors if each is not None),
+            bounds,
+            tuple(factors),
             tuple(
                 None
-                if all(atom is not None for atom, _ in each or ())
+                if all(atom is not None for atom, _ in each)
                 else str(labels.reason(axis) or "parts with the same labels")
                 for axis, each in zip(axes, factors, strict=True)
             ),
         )
 
 
-def _blocks(
-    labels: Labels, axes: Axes, dim: int, offset: int
-) -> Iterator[tuple[tuple[tuple[int, int], ...], Axes]]:
-    """Every combination of the segments of the axes, with its bounds; those of ``dim`` are moved."""
+def _stack_blocks(labels: Labels, stack: Stack) -> Iterator[Block]:
+    """As :func:`_blocks`, segment by segment, unless all of them carry the same labels."""
+    first, dim = stack.parts[0], stack.dim
+    columns = zip(*(replace(axes, dim) for axes in stack.parts), strict=True)
+    if all(
+        (known := _factors(labels, column[0])) is not None
+        and all(_factors(labels, axis) == known for axis in column)
+        for column in columns
+    ):
+        joined = labels.join([axes[dim] for axes in stack.parts])
+        yield from _blocks(labels, replace(first, dim, joined))
+        return
+    offset = 0
+    for axes in stack.parts:
+        yield from _blocks(labels, axes, dim, offset)
+        offset += labels.length(labels.atoms(axes[dim]))
+
+
+def _blocks(labels: Labels, axes: Axes, dim: int = 0, offset: int = 0) -> Iterator[Block]:
+    """Every combination of the segments of the axes, with its bounds; ``dim`` begins at ``offset``."""
     choices = []
     for position, axis in enumerate(axes):
         segments = _segments(labels, axis)

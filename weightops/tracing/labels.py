@@ -66,11 +66,9 @@ class Labels:
 
     def fixed(self, size: int, reason: str | Reason) -> Axis:
         """An axis that does not permute."""
-        return self._atom(size, self._because(reason))
-
-    def _because(self, reason: str | Reason) -> Reason:
-        why, where = (reason, "") if isinstance(reason, str) else reason
-        return Reason(why, where or self.where)
+        if isinstance(reason, str):
+            reason = Reason(reason, self.where)
+        return self._atom(size, reason)
 
     def _like(self, atom: int, size: int) -> Axis:
         return self._atom(size, self._reasons[atom], self._free[atom])
@@ -135,17 +133,16 @@ class Labels:
         if not atoms or atoms[0] not in self._sums:
             return [atoms]
         lead, rest = atoms[0], atoms[1:]
-        return [
-            segment + rest for part in self._sums[lead] for segment in self.segments(part)
-        ]
+        return [segment + rest for part in self._sums[lead] for segment in self.segments(part)]
 
     def fix(self, axis: Iterable[int], reason: str | Reason) -> None:
         """Let an axis and all that is united with it permute no more."""
+        why, where = (reason, "") if isinstance(reason, str) else reason
         for atom in self.atoms(axis):
             for part in self._sums.get(atom, ()):
                 self.fix(part, reason)
             if atom not in self._sums and not self._free[atom] and not self._reasons[atom]:
-                self._reasons[atom] = self._because(reason)
+                self._reasons[atom] = Reason(why, where or self.where)
 
     def unite(self, one: Iterable[int], other: Iterable[int]) -> None:
         """Let two axes of equal length permute together, refining both where they differ."""
@@ -167,7 +164,9 @@ class Labels:
                 larger, smaller = (a, b) if self._sizes[a] > self._sizes[b] else (b, a)
                 factors = self.factor(larger, self._sizes[smaller])
                 if factors is None:
-                    unlike = f"factors {self._text(x)} and {self._text(y)} have no common refinement"
+                    unlike = (
+                        f"factors {self._text(x)} and {self._text(y)} have no common refinement"
+                    )
                     self.fix(x + y, unlike)
                     return
                 if larger == a:

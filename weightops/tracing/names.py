@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
+from itertools import count as count_from
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -11,34 +13,45 @@ if TYPE_CHECKING:
     from weightops.tracing.graph import Part
 
 #: modules whose weight is [in, out, ...]
-_TRANSPOSED = (nn.Embedding, nn.EmbeddingBag, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_TRANSPOSED = (
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
 
 
-def name_labels(model: nn.Module, parts: Sequence[Part]) -> dict[int, str]:
-    """Label's atom -> name: of the first tensor whose output axis carries it, else of any that does.
+def name_labels(
+    model: nn.Module, parts: Sequence[Part]
+) -> tuple[dict[int, str], dict[str, tuple[Part, int]]]:
+    """Label's atom -> name, and name -> the part and axis that it comes from.
 
-    ``"fc1"`` for axis 0 of ``fc1.weight``; factors of a product are ``"attn.q[0]"``, ``"attn.q[1]"``.
+    A label is named after the first module whose weight's output axis carries it.
+
+    Failing that, of the first parameter by itself, or of any axis. ``"fc1"`` for axis 0 of
+    ``fc1.weight``; factors of a product are ``"attn.q[0]"`` and ``"attn.q[1]"``.
     """
     names: dict[int, str] = {}
-    taken: set[str] = set()
-    for only_outputs in (True, False):
+    origins: dict[str, tuple[Part, int]] = {}
+    for choose in (_output, _first_unnamed, _all):
         for part in parts:
-            for axis in _axes(model, part) if only_outputs else range(len(part.factors)):
+            for axis in choose(model, part, names):
                 factors, cut = part.factors[axis], part.slice(axis)
-                base = _base(part.tensor) + (f"[{cut}]" if cut else "")
+                stem = _base(part.tensor) + (f"[{cut}]" if cut else "")
+                stem += f".axis{axis}" if choose is _all else ""
                 several = sum(atom is not None for atom, _ in factors) > 1
                 for position, (atom, _) in enumerate(factors):
-                    if atom is None or atom in names:
-                        continue
-                    stem = base if only_outputs else f"{base}.axis{axis}"
-                    name = stem = f"{stem}[{position}]" if several else stem
-                    count = 1
-                    while name in taken:
-                        count += 1
-                        name = f"{stem}#{count}"
-                    names[atom] = name
-                    taken.add(name)
-    return names
+                    if atom is not None and atom not in names:
+                        name = f"{stem}[{position}]" if several else stem
+                        names[atom] = _unique(name, origins)
+                        origins[names[atom]] = part, axis
+    return names, origins
+
+
+def _unique(name: str, taken: Collection[str]) -> str:
+    numbered = (f"{name}#{count}" for count in count_from(2))
+    return next(each for each in chain([name], numbered) if each not in taken)
 
 
 def _base(tensor: str) -> str:
@@ -50,18 +63,21 @@ def _base(tensor: str) -> str:
     return path
 
 
-def _axes(model: nn.Module, part: Part) -> Iterator[int]:
-    """The output axis of a module's weight; of a parameter by itself the first that has a label."""
+def _output(model: nn.Module, part: Part, names: Mapping[int, str]) -> Sequence[int]:
+    """The output axis of a module's weight or bias."""
     path = part.tensor.partition(".parametrizations.")[0].rpartition(".")[0]
-    owner = model.get_submodule(path)
-    if isinstance(owner, _TRANSPOSED) and len(part.factors) > 1:
-        yield 1
-    elif "weight" in part.tensor or len(part.factors) == 1:
-        yield 0
-    else:
-        labelled = (
-            axis
-            for axis, factors in enumerate(part.factors)
-            if any(atom is not None for atom, _ in factors)
-        )
-        yield from list(labelled)[:1]
+    if isinstance(model.get_submodule(path), _TRANSPOSED) and len(part.factors) > 1:
+        return [1]
+    return [0] if part.factors and ("weight" in part.tensor or len(part.factors) == 1) else []
+
+
+def _first_unnamed(model: nn.Module, part: Part, names: Mapping[int, str]) -> Sequence[int]:
+    return [
+        axis
+        for axis, factors in enumerate(part.factors)
+        if any(atom is not None and atom not in names for atom, _ in factors)
+    ][:1]
+
+
+def _all(model: nn.Module, part: Part, names: Mapping[int, str]) -> Sequence[int]:
+    return range(len(part.factors))

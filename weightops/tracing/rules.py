@@ -89,34 +89,45 @@ def elementwise(walk: Walk, node: fx.Node, args: SimpleNamespace) -> Value:
     values = [walk.values[each] for each in walk.tensors(node)]
     rank = len(walk.shape(node))
     stacks = [value for value in values if isinstance(value, Stack)]
-    if stacks:
+    plain = [value for value in values if isinstance(value, tuple)]
+    if stacks and _stackable(walk, stacks, plain):
         first = stacks[0]
-        from_end = first.dim - len(first.parts[0])
-        alike = all(
-            (value.dim - len(value.parts[0]), len(value.parts)) == (from_end, len(first.parts))
-            and all(
-                walk.labels.length(a[from_end]) == walk.labels.length(b[from_end])
-                for a, b in zip(value.parts, first.parts, strict=True)
-            )
-            if isinstance(value, Stack)
-            else len(value) < -from_end or not walk.labels.atoms(value[from_end])
-            for value in values
-        )
-        if alike:
-            parts = tuple(
-                broadcast(
-                    walk,
-                    rank,
-                    [value.parts[i] if isinstance(value, Stack) else value for value in values],
-                )
-                for i in range(len(first.parts))
-            )
-            return Stack(rank + from_end, parts)
-    return broadcast(walk, rank, [walk.tie(value) for value in values])
+        parts = [
+            broadcast(walk, rank, [*(stack.parts[i] for stack in stacks), *plain])
+            for i in range(len(first.parts))
+        ]
+        return Stack(rank + first.dim - len(first.parts[0]), tuple(parts))
+    return broadcast(walk, rank, map(walk.tie, values))
 
 
-@rule("clone", "alias", "detach", "contiguous", "_to_copy", "to", "lift_fresh_copy", "dropout",
-      "alpha_dropout", "feature_dropout", "type_as")
+def _stackable(walk: Walk, stacks: Sequence[Stack], plain: Sequence[Axes]) -> bool:
+    """Whether stacks are cut alike, and all else is of length 1 along their axis."""
+    dims = {stack.dim - len(stack.parts[0]) for stack in stacks}
+    if len(dims) > 1:
+        return False
+    [dim] = dims
+    cuts = {
+        tuple(walk.labels.length(walk.labels.atoms(part[dim])) for part in stack.parts)
+        for stack in stacks
+    }
+    return len(cuts) == 1 and not any(
+        walk.labels.atoms(axes[dim]) for axes in plain if len(axes) >= -dim
+    )
+
+
+@rule(
+    "clone",
+    "alias",
+    "detach",
+    "contiguous",
+    "_to_copy",
+    "to",
+    "lift_fresh_copy",
+    "dropout",
+    "alpha_dropout",
+    "feature_dropout",
+    "type_as",
+)
 def identity(walk: Walk, node: fx.Node, args: SimpleNamespace) -> Value:
     return walk.values[walk.tensors(node)[0]]
 
@@ -140,8 +151,27 @@ def _dim(args: SimpleNamespace) -> Any:
     return getattr(args, "dim", getattr(args, "axis", None))
 
 
-@rule("sum", "mean", "var", "std", "amax", "amin", "prod", "any", "all", "logsumexp", "norm",
-      "linalg_vector_norm", "var_mean", "std_mean", "max", "min", "aminmax", "nansum", "count_nonzero")
+@rule(
+    "sum",
+    "mean",
+    "var",
+    "std",
+    "amax",
+    "amin",
+    "prod",
+    "any",
+    "all",
+    "logsumexp",
+    "norm",
+    "linalg_vector_norm",
+    "var_mean",
+    "std_mean",
+    "max",
+    "min",
+    "aminmax",
+    "nansum",
+    "count_nonzero",
+)
 def _reduce(walk: Walk, node: fx.Node, args: SimpleNamespace) -> Value:
     """Reductions do not mind the order of what they reduce."""
     tensors = walk.tensors(node)
@@ -171,8 +201,27 @@ def _softmax(walk: Walk, node: fx.Node, args: SimpleNamespace) -> Value:
     return walk.axes(args.self)
 
 
-@rule("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort", "topk", "argmax",
-      "argmin", "flip", "roll", "triu", "tril", "diagonal", "unfold", "renorm", "fft_fft", "fft_rfft")
+@rule(
+    "cumsum",
+    "cumprod",
+    "cummax",
+    "cummin",
+    "logcumsumexp",
+    "sort",
+    "argsort",
+    "topk",
+    "argmax",
+    "argmin",
+    "flip",
+    "roll",
+    "triu",
+    "tril",
+    "diagonal",
+    "unfold",
+    "renorm",
+    "fft_fft",
+    "fft_rfft",
+)
 def _ordered(walk: Walk, node: fx.Node, args: SimpleNamespace) -> Value:
     """Ops for which the order along an axis counts: cumulative ones, sorting, shifting, triangles."""
     axes = walk.axes(walk.tensors(node)[0])
@@ -200,15 +249,42 @@ def _ordered(walk: Walk, node: fx.Node, args: SimpleNamespace) -> Value:
     return walk.map_shapes(node, result)
 
 
-@rule("full", "zeros", "ones", "empty", "full_like", "zeros_like", "ones_like", "empty_like",
-      "new_full", "new_zeros", "new_ones", "new_empty", "scalar_tensor", "empty_permuted", "fill")
+@rule(
+    "full",
+    "zeros",
+    "ones",
+    "empty",
+    "full_like",
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "new_full",
+    "new_zeros",
+    "new_ones",
+    "new_empty",
+    "scalar_tensor",
+    "empty_permuted",
+    "fill",
+)
 def _uniform(walk: Walk, node: fx.Node, args: SimpleNamespace) -> Value:
     """One value everywhere."""
     return tuple(map(walk.labels.free, walk.shape(node)))
 
 
-@rule("arange", "linspace", "logspace", "eye", "rand", "randn", "randint", "randperm", "rand_like",
-      "randn_like", "tril_indices", "triu_indices")
+@rule(
+    "arange",
+    "linspace",
+    "logspace",
+    "eye",
+    "rand",
+    "randn",
+    "randint",
+    "randperm",
+    "rand_like",
+    "randn_like",
+    "tril_indices",
+    "triu_indices",
+)
 def _varying(walk: Walk, node: fx.Node, args: SimpleNamespace) -> Value:
     """A constant that no weight changes."""
     return tuple(walk.labels.fixed(n, f"a constant ({walk.name(node)})") for n in walk.shape(node))
@@ -219,6 +295,4 @@ def freeze(walk: Walk, node: fx.Node, reason: str) -> Value:
     for tensor in walk.tensors(node):
         for axis in walk.axes(tensor):
             walk.labels.fix(axis, reason)
-    return walk.map_shapes(
-        node, lambda shape: tuple(walk.labels.fixed(n, reason) for n in shape)
-    )
+    return walk.map_shapes(node, lambda shape: tuple(walk.labels.fixed(n, reason) for n in shape))

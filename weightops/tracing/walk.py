@@ -91,7 +91,7 @@ class Walk:
             reason = (
                 f"memory shared with {weights.overlapping[name]} in another layout"
                 if name in weights.overlapping
-                else "a constant buffer"
+                else f"the constant buffer {name}"
                 if constant
                 else None
                 if name in used
@@ -130,7 +130,7 @@ class Walk:
             return freeze(self, node, f"unknown op {name}")
         if any(0 in self.shape(tensor) for tensor in self.tensors(node)):
             return freeze(self, node, "an empty tensor")
-        return rule(self, node, _bind(node))
+        return rule(self, node, bind(node))
 
     def _placeholder(self, node: fx.Node) -> Value:
         if node in self._places:
@@ -245,7 +245,7 @@ def _lengths(bounds: Iterable[int], size: int) -> list[int]:
     return [stop - start for start, stop in pairwise(sorted({0, *bounds, size}))]
 
 
-def _bind(node: fx.Node) -> SimpleNamespace:
+def bind(node: fx.Node) -> SimpleNamespace:
     """An op's arguments by name, defaults filled in."""
     target = node.target
     assert isinstance(target, torch._ops.OpOverload)
@@ -272,5 +272,3 @@ def _prime(index: int) -> int:
             if found == index:
                 return candidate
         candidate += 2
-
-
