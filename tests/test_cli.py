@@ -152,6 +152,27 @@ def test_shuffled_copies_merge_into_the_original(here: Path, capsys: Any) -> Non
     assert not list(here.glob(".*"))
 
 
+def test_without_a_spec_the_model_is_traced(here: Path, capsys: Any) -> None:
+    original = checkpoint(0)
+    save_file(original, "a.safetensors")
+    save_file(shuffled(original, MLP, 1), "b.safetensors")
+    assert run("--out", "merged.safetensors", spec="") == 0
+    for name, tensor in load_file("merged.safetensors").items():
+        torch.testing.assert_close(tensor, original[name])
+    tied = {n: t for n, t in checkpoint(0, "Tied").items() if n != "head.weight"}
+    save_file(tied, "a.safetensors")
+    save_file(shuffled(tied, TIED, 1), "b.safetensors")
+    inputs = ("--input", "2,4", "--input-dtype", "int64")
+    assert run(*inputs, "--out", "tied.safetensors", spec="", model="factories:Tied") == 0
+    for name, tensor in load_file("tied.safetensors").items():
+        torch.testing.assert_close(tensor, tied[name])
+
+
+def test_models_that_cannot_be_traced_are_named(files: Path, capsys: Any) -> None:
+    text = error(capsys, "--input", "4,6", "--out", "m.pt", spec="", model="factories:with_inputs")
+    assert text.startswith("--model factories:with_inputs: trace: ")
+
+
 def test_weights_and_dtypes_and_torch_files(here: Path) -> None:
     a, b = checkpoint(0), checkpoint(3)
     halves = [{k: v.half() if k == "0.weight" else v for k, v in each.items()} for each in (a, b)]
