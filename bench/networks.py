@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ def mlp() -> nn.Module:
     widths = (784, 512, 512, 512)
     layers = [
         layer
-        for into, out in zip(widths, widths[1:])
+        for into, out in pairwise(widths)
         for layer in (nn.Linear(into, out), nn.ReLU())
     ]
     return nn.Sequential(nn.Flatten(), *layers, nn.Linear(512, 10))

@@ -22,7 +22,7 @@ from weightops._state import storage
 from weightops.align.matching import Match, match
 from weightops.ops.permute import merge, permute
 from weightops.spec import WeightSpec
-from weightops.tracing.verify import verify
+from weightops.tracing.verification import verify
 
 
 def main(argv: Sequence[str] | None = None) -> int:
