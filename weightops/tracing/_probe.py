@@ -42,7 +42,10 @@ class Network:
         self, spec: WeightSpec, model: nn.Module, inputs: tuple, kwargs: Mapping[str, Any]
     ) -> None:
         self.spec = spec
-        self.model = copy.deepcopy(model).double().eval().requires_grad_()
+        try:
+            self.model = copy.deepcopy(model).double().eval().requires_grad_()
+        except Exception as error:
+            raise ValueError(f"verify: model can't be copied to float64: {error}") from error
         self.inputs = tree_map(_double, (inputs, dict(kwargs)))
         self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
         spec._state("verify", "model", self.model)
