@@ -23,7 +23,6 @@ from weightops.spec import WeightSpec
 
 Perms: TypeAlias = dict[str, Tensor]
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-POINTS = ("middle", "random")
 #: as the authors of Sinkhorn Re-Basin have it
 NORMALISATIONS = 20
 
@@ -37,7 +36,7 @@ def match_straight_through(
     targets: Tensor,
     *,
     steps: int = 100,
-    learning_rate: float = 0.01,
+    learning_rate: float = 0.003,
     batch_size: int = 1000,
     seed: int = 0,
     loss: Loss = cross_entropy,
@@ -45,10 +44,9 @@ def match_straight_through(
 ) -> tuple[Perms, Tensor]:
     """Permute networks so that their midpoints with the reference have a low loss.
 
-    Weights ``[N, P]`` that start as the reference are trained by gradient descent (momentum 0.9): at
-    every step each network is matched to its own by weights, starting from the step before, the loss
-    is taken at the midpoint of the reference and the matched network, and its gradient by that
-    network is passed straight through to the trained weights.
+    Weights ``[N, P]`` that start as the reference are trained: at every step each network is matched
+    to its own by weights, from the step before on, the loss is taken half way from the reference to
+    the matched network, and its gradient by that network goes straight through to the trained ones.
 
     Networks are evaluated in eval mode, save that batch norm takes its statistics from the batch.
     Of all permutations on the way, weight matching's included, those are kept whose midpoints have
@@ -61,8 +59,9 @@ def match_straight_through(
         model: the architecture; it is copied and does not change.
         inputs: ``[B, ...]``, or a tuple of such tensors, the arguments of ``model``.
         targets: ``[B, ...]``, the second argument of ``loss``.
-        steps: of gradient descent.
-        learning_rate: of gradient descent.
+        steps: of training.
+        learning_rate: of training by Adam (in place of the authors' momentum, whose rate depends on
+            the network's scale).
         batch_size: inputs of one step, and evaluated at once.
         seed: of the batches and of weight matching.
         loss: of outputs and targets; a mean over the batch.
@@ -79,7 +78,6 @@ def match_straight_through(
         TypeError: an argument has the wrong type.
     """
     problem = _Problem(spec, reference, flat, model, inputs, targets, loss, batch_size, seed)
-    _check_descent(steps, learning_rate)
     trained = problem.reference.expand_as(flat).clone().requires_grad_()
     perms = problem.identity()
 
@@ -92,8 +90,7 @@ def match_straight_through(
         projected = permute(problem.start, perms, spec)
         return projected + (trained - trained.detach()), perms
 
-    optimizer = torch.optim.SGD([trained], learning_rate, momentum=0.9)
-    return problem.descend(propose, optimizer, steps, "middle", progress)
+    return problem.descend(propose, [trained], steps, learning_rate, progress)
 
 
 def match_sinkhorn(
@@ -105,32 +102,26 @@ def match_sinkhorn(
     targets: Tensor,
     *,
     steps: int = 100,
-    learning_rate: float = 0.1,
+    learning_rate: float = 0.3,
     batch_size: int = 1000,
-    point: str = "random",
     seed: int = 0,
     loss: Loss = cross_entropy,
     progress: bool = True,
 ) -> tuple[Perms, Tensor]:
-    """Permute networks so that points between them and the reference have a low loss.
+    """Permute networks so that their midpoints with the reference have a low loss.
 
-    For every label a doubly stochastic matrix, 20 Sinkhorn normalisations of a matrix trained by Adam,
-    takes the place of a permutation; the permutation closest to it is its assignment. It starts with
-    a share of 0.9 on the weight matching.
+    For every label a doubly stochastic matrix, 20 Sinkhorn normalisations of the exponential of a
+    trained matrix, takes the place of a permutation; the permutation closest to it is its assignment.
+    It starts with two thirds of its mass on the weight matching.
 
     Arguments, evaluation, what is kept, returned and raised are as for :func:`match_straight_through`.
 
-    Args:
-        point: where on the segment the loss is taken: ``"middle"``, or ``"random"``, uniformly.
-
-    Source: Pena et al. 2023 (arXiv 2212.12042), sections 3 and 4 (losses C_Mid and C_Rnd), with the
-    normalisations differentiated as they are in place of implicitly.
+    Source: Pena et al. 2023 (arXiv 2212.12042), section 3 (loss C_Mid); the normalisations are
+    differentiated one by one, not implicitly.
     """
     problem = _Problem(spec, reference, flat, model, inputs, targets, loss, batch_size, seed)
-    _check_descent(steps, learning_rate)
-    _check.choice("match", "point", point, POINTS)
     logits = {
-        label: (log(9 * max(size - 1, 1)) * torch.eye(size, dtype=flat.dtype, device=flat.device))
+        label: (log(2 * max(size - 1, 1)) * torch.eye(size, dtype=flat.dtype, device=flat.device))
         .repeat(len(flat), 1, 1)
         .requires_grad_()
         for label, size in spec.labels.items()
@@ -140,8 +131,7 @@ def match_sinkhorn(
         soft = {label: sinkhorn(each) for label, each in logits.items()}
         return mix(problem.start, soft, spec), {label: assign(each) for label, each in soft.items()}
 
-    optimizer = torch.optim.Adam(logits.values(), learning_rate)
-    return problem.descend(propose, optimizer, steps, point, progress)
+    return problem.descend(propose, list(logits.values()), steps, learning_rate, progress)
 
 
 def sinkhorn(logits: Tensor) -> Tensor:
@@ -162,7 +152,8 @@ def mix(flat: Tensor, soft: dict[str, Tensor], spec: WeightSpec) -> Tensor:
         for i, (label, _) in enumerate(factors, 1):
             if label is not None:
                 front = x.movedim(i, 1)
-                x = (soft[label] @ front.flatten(2)).view(front.shape).movedim(1, i)
+                columns = front.reshape(*front.shape[:2], -1)
+                x = (soft[label] @ columns).view(front.shape).movedim(1, i)
         mixed.append(x.reshape(len(flat), -1))
     return torch.cat(mixed, 1)
 
@@ -184,8 +175,8 @@ class _Problem:
     ) -> None:
         self.inputs = check_inputs(model, inputs)
         _check.tensor("match", "targets", targets, "[B, ...]")
-        size = len(self.inputs[0])
-        _check.size("match", "targets", len(targets) if targets.dim() else 0, size, "the inputs")
+        size, given = len(self.inputs[0]), len(targets) if targets.dim() else 0
+        _check.size("match", "targets", given, size, "the batch of inputs")
         if not callable(loss):
             raise TypeError(f"match: loss must be a function, not {_check.describe(loss)}")
         _check.count("match", "batch_size", batch_size)
@@ -195,7 +186,7 @@ class _Problem:
         # A warning of an unverified spec is for the caller to give, once.
         self.spec = WeightSpec(spec.axes, spec.shapes, sizes=spec.labels)
         self.reference = reference.detach()
-        self.found = matching.match(self.spec, self.reference, flat.detach(), seed=seed).perms
+        self.found = self.match(self.reference, flat.detach())
         self.start = permute(flat.detach(), self.found, spec)
         self.network = _deterministic(model)
         if self.batch_size < 2 and any(isinstance(m, _BatchNorm) for m in self.network.modules()):
@@ -208,14 +199,14 @@ class _Problem:
     def identity(self) -> Perms:
         return {k: p.to(self.start.device) for k, p in self.spec.identity(len(self.start)).items()}
 
-    def match(self, row: Tensor, own: Tensor) -> Perms:
-        return matching.match(self.spec, row, own, seed=self.seed).perms
+    def match(self, reference: Tensor, flat: Tensor) -> Perms:
+        return matching.match(self.spec, reference, flat, seed=self.seed).perms
 
-    def losses(self, rows: Tensor, share: float, index: Tensor) -> Tensor:
-        """``[N]``: each network's loss at ``share`` of the way from the reference, on some inputs."""
+    def losses(self, rows: Tensor, index: Tensor) -> Tensor:
+        """``[N]``: the loss half way from the reference to each network, on some inputs."""
         batch, targets = tuple(each[index] for each in self.inputs), self.targets[index]
         losses = []
-        for row in torch.lerp(self.reference, rows, share):
+        for row in (self.reference + rows) / 2:
             state = {
                 name: tensor.detach().clone() if name in self.buffers else tensor
                 for name, tensor in self.spec.state_dict(row).items()
@@ -230,19 +221,22 @@ class _Problem:
         size = len(self.targets)
         # No remainder: batch norm has no statistics of a single input.
         parts = torch.arange(size, device=rows.device).tensor_split(size // self.batch_size)
-        sums = [self.losses(rows, 0.5, part).double() * len(part) for part in parts]
+        sums = [self.losses(rows, part).double() * len(part) for part in parts]
         return torch.stack(sums).sum(0) / size
 
     @torch.enable_grad()
     def descend(
         self,
         propose: Callable[[], tuple[Tensor, Perms]],
-        optimizer: torch.optim.Optimizer,
+        trained: list[Tensor],
         steps: int,
-        point: str,
+        learning_rate: float,
         progress: bool,
     ) -> tuple[Perms, Tensor]:
-        """Lower the loss of the networks that ``propose`` gives, with the permutations they stand for."""
+        """Train what the networks that ``propose`` gives, with their permutations, depend on."""
+        _check.count("match", "steps", steps)
+        _check.number("match", "learning_rate", learning_rate, 0, inf)
+        optimizer = torch.optim.Adam(trained, learning_rate)
         best = previous = self.identity()
         lowest = losses = self.midpoints(best)
         history = []
@@ -258,8 +252,7 @@ class _Problem:
             if step == steps:
                 break
             order = torch.randperm(len(self.targets), generator=self.generator)
-            share = 0.5 if point == "middle" else torch.rand((), generator=self.generator).item()
-            total = self.losses(rows, share, order[: self.batch_size].to(rows.device)).sum()
+            total = self.losses(rows, order[: self.batch_size].to(rows.device)).sum()
             if not total.isfinite():
                 raise ValueError(
                     f"match: the loss is {total.item()} at step {step}; a lower learning_rate may help"
@@ -281,8 +274,3 @@ def _deterministic(model: nn.Module) -> nn.Module:
             module.train()
             module.dropout = 0.0
     return network
-
-
-def _check_descent(steps: int, learning_rate: float) -> None:
-    _check.count("match", "steps", steps)
-    _check.number("match", "learning_rate", learning_rate, 0, inf)
