@@ -351,6 +351,55 @@ def test_unseen_labels_are_matched_by_weights_given_the_others() -> None:
     assert all(torch.equal(found[label], p) for label, p in spec.invert(hidden).items())
 
 
+class Mixed(nn.Module):
+    """Norms, weight norm, depthwise convolution, and a cell that is called by name, step by step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.EmbeddingBag(9, 6)
+        self.cell = nn.GRUCell(6, 8)
+        self.fc = nn.utils.parametrizations.weight_norm(nn.Linear(8, 10))
+        self.depthwise = nn.Conv1d(10, 10, 3, groups=10, padding=1)
+        self.norm, self.pixelwise = nn.GroupNorm(1, 10), nn.Conv1d(10, 12, 1)
+        self.instance = nn.InstanceNorm1d(12, affine=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, state, states = self.embedding(tokens), None, []
+        for _ in range(5):
+            state = self.cell(x, hx=state) if states else self.cell(input=x)
+            states.append(self.fc(state))
+        x = self.norm(self.depthwise(torch.stack(states, -1))).relu()
+        return (self.instance(self.pixelwise(x)) ** 2).sum((1, 2))
+
+    def spec(self) -> weightops.WeightSpec:
+        axes: dict[str, tuple] = {"embedding.weight": (None, "e")}
+        for kind, column in (("ih", "e"), ("hh", "h")):
+            axes[f"cell.weight_{kind}"] = ((None, "h"), column)
+            axes[f"cell.bias_{kind}"] = ((None, "h"),)
+        axes["fc.parametrizations.weight.original0"] = ("c", None)
+        axes["fc.parametrizations.weight.original1"] = ("c", "h")
+        axes |= {"depthwise.weight": ("c", None, None), "pixelwise.weight": ("p", "c", None)}
+        names = ("fc.bias", "depthwise.bias", "norm.weight", "norm.bias")
+        axes |= dict.fromkeys(names, ("c",))
+        return spec_of(
+            self,
+            axes | dict.fromkeys(("pixelwise.bias", "instance.weight", "instance.bias"), ("p",)),
+        )
+
+
+def test_every_kind_of_module_shows_its_labels() -> None:
+    torch.manual_seed(10)
+    model, inputs = Mixed(), torch.randint(9, (40, 4))
+    spec = model.spec()
+    reference = randomised(model, spec)
+    hidden = spec.random_permutations(2, torch.Generator().manual_seed(11))
+    shuffled = weightops.permute(reference.expand(2, -1), hidden, spec)
+    scores = _scores(spec, reference, shuffled, model, inputs)
+    assert {label for labels in scores for label in labels} == set(spec.labels)
+    found = match_activations(spec, reference, shuffled, model, inputs, batch_size=9)
+    assert all(torch.equal(found[label], p) for label, p in spec.invert(hidden).items())
+
+
 class Routed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -365,9 +414,13 @@ def test_modules_that_see_other_samples_in_another_network_are_left_out() -> Non
     torch.manual_seed(8)
     model, inputs = Routed(), torch.randn(100, 6)
     spec = spec_of(model, {f"expert.{k}": v for k, v in MLP().spec().axes.items()})
-    flat = spec.flatten([model, Routed()]).detach()
+    flat = spec.flatten([model, Routed(), Routed()]).detach()
+    spec.unflatten(flat)["gate.bias"][2] = -100  # its expert sees nothing
     assert _scores(spec, flat[0], flat[:1], model, inputs).keys() == {("a",), ("b",)}
-    assert not _scores(spec, flat[0], flat[1:], model, inputs)
+    for other in (flat[1:2], flat[2:], flat[1:]):
+        assert not _scores(spec, flat[0], other, model, inputs)
+        assert not _scores(spec, other[0], flat[:1], model, inputs)
+    assert not _scores(spec, flat[2], flat[2:], model, inputs)
     found = match_activations(spec, flat[0], flat[1:], model, inputs)
     expected = weightops.align.match(spec, flat[0], flat[1:])
     assert all(torch.equal(p, expected.perms[label]) for label, p in found.items())

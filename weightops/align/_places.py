@@ -143,7 +143,8 @@ class Recorder:
         self._seen = {}
         self._spec.load_(self._network, row)
         self._network(*batch)
-        return {place: torch.cat(calls) for place, calls in self._seen.items()}
+        shown = {place: torch.cat(calls) for place, calls in self._seen.items()}
+        return {place: units for place, units in shown.items() if len(units)}
 
     def _record(self, place: Place, seen: Any) -> None:
         x = seen[0] if isinstance(seen, (tuple, list)) and seen else seen

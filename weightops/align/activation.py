@@ -132,7 +132,7 @@ def activation_scores(
             if not torch.isfinite(sums.cross).all():
                 raise ValueError(
                     f"match: activations at {place.module!r} ({', '.join(place.labels)}) must be "
-                    f"finite, but are not in network {n} or the reference"
+                    f"finite, but are not in flat[{n}] or the reference"
                 )
             score = sums.correlation() if centred else sums.cosine()
             if place.labels not in scores:
