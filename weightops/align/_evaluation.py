@@ -16,7 +16,7 @@ from weightops.align.statistics import (
     LINEAR,
     UnitStatistics,
     check_examples,
-    check_network,
+    check_model,
     reset_batch_norm,
     shares_of,
 )
@@ -52,15 +52,15 @@ def evaluate(
     """Mean losses and errors ``[L]``, float64 on the CPU, of the networks ``weights @ corners``.
 
     ``weights`` is float64 ``[L, M]``, ``corners`` ``[M, P]``, both checked; the rest is what
-    :func:`weightops.align.barrier` takes, and checked here.
+    :func:`weightops.align.barrier` takes, and checked here but for types of model and spec.
     """
-    check_network(where, model, spec)
     _check_data(where, inputs, targets, loss, norm_inputs)
     _check.count(where, "batch_size", batch_size)
     _check.choice(where, "norm", norm, ("reset", "repair"))
     if norm == "repair" and norm_inputs is None:
         raise ValueError(f"{where}: norm='repair' needs norm_inputs to take statistics of")
     network = copy.deepcopy(model).eval()
+    check_model(where, network, spec, corners, inputs)
     units = None
     data = [inputs]
     if norm_inputs is not None:

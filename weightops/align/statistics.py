@@ -87,6 +87,7 @@ def repair(
         weights = torch.as_tensor(weights, dtype=torch.float64)
     shares = shares_of(weights, corners).view(-1, len(corners))
     network = copy.deepcopy(model).eval()
+    check_model(where, network, spec, corners, inputs)
     units = UnitStatistics(where, network, spec, corners, inputs, batch_size)
     repaired = []
     for row, share in zip(merged.view(-1, spec.numel), shares, strict=True):
@@ -101,6 +102,19 @@ def check_network(where: str, model: Any, spec: Any) -> None:
         raise TypeError(f"{where}: model must be a module, not {_check.describe(model)}")
     if not isinstance(spec, WeightSpec):
         raise TypeError(f"{where}: spec must be a WeightSpec, not {_check.describe(spec)}")
+
+
+def check_model(
+    where: str, model: nn.Module, spec: WeightSpec, corners: Tensor, inputs: Tensor
+) -> None:
+    """The model, the networks that it is to hold and its inputs must go together."""
+    for name, tensor in spec._state(where, "model", model).items():
+        if tensor.dtype != corners.dtype:
+            raise TypeError(
+                f"{where}: the model's {name} is {tensor.dtype}, but the networks are {corners.dtype}"
+            )
+        _check.same_device(where, f"the model's {name}", tensor, "inputs", inputs)
+    _check.same_device(where, "inputs", inputs, "a network", corners)
 
 
 def check_examples(where: str, name: str, inputs: Any) -> None:
