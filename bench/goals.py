@@ -31,6 +31,16 @@ GOALS: dict[str, tuple[float | None, float | None]] = {
     "manifold per-sample 1024->1024 B=1 K=9 forward": (1.2, None),
     "manifold synthesize 25,600,000 weights K=3 G=1": (1.1, None),
 }
+for _network, _least in (
+    ("vgg16", 10.0),
+    ("mlp", 6.0),
+    ("resnet20 1x", 4.0),
+    ("resnet20 4x", 2.0),
+):
+    GOALS[f"match {_network}"] = (None, _least)
+for _network in ("mlp", "resnet20 1x"):
+    # Eight at four times the time of one.
+    GOALS[f"match {_network}, 8 networks"] = (None, 2.0)
 for _space, _forward in (
     ("mlp", 1.6),
     ("transformer", 1.6),

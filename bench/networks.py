@@ -55,7 +55,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "vgg16": (vgg16, 60),
     "mlp": (mlp, 500),
     "resnet20 1x": (lambda: resnet20(16), 60),
-    "resnet20 4x": (lambda: resnet20(64), 30),
+    "resnet20 4x": (lambda: resnet20(64), 60),
 }
 
 

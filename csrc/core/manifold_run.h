@@ -46,6 +46,8 @@ struct BasesJob {
   const Sum* coeffs;  // [term, basis], or null
   Source<Sum> weight;
   Sum* dots;  // [term, basis], or null: to be zeros
+  // What keeps the packed left operand from call to call, or null.
+  product::Kept* kept = nullptr;
 
   int64_t dot_count() const { return dots ? int64_t(product.depths.size()) * bases : 0; }
 };
@@ -238,12 +240,17 @@ struct Runner {
     panel_bytes *= 2 * (job.product.by_depth ? terms : 2);
     const Cut cut = cut_up(product::panels_of<Kernel>(job.columns), panel_bytes, blocks,
                            job.rows > job.columns, threads);
-    Packed* packed = nullptr;
-    if (cut.column_items > 1) {
-      packed = shared_room<Packed>().get(blocks * block_size);
+    const auto pack_all = [&](Packed* to) {
       team(blocks, [&](int64_t begin, int64_t end) {
-        Compiled::pack(job.product, job.rows, {begin, end}, packed, workspace_of<Kernel>());
+        Compiled::pack(job.product, job.rows, {begin, end}, to, workspace_of<Kernel>());
       });
+    };
+    Packed* packed = nullptr;
+    if (job.kept) {
+      packed = job.kept->template get<Kernel>(blocks * block_size, pack_all);
+    } else if (cut.column_items > 1) {
+      packed = shared_room<Packed>().get(blocks * block_size);
+      pack_all(packed);
     }
     const int64_t dot_size = job.dot_count();
     std::vector<Sum> dots(cut.items() * dot_size);

@@ -91,9 +91,10 @@ struct Plan {
   }
 };
 
-// to[c][u] = from[u * stride + c]
+// to[c * to_stride + u] = from[u * stride + c]
 template <class Sum>
-void turn(const Sum* from, int64_t stride, int64_t units, int64_t columns, Sum* to) {
+void turn(const Sum* from, int64_t stride, int64_t units, int64_t columns, Sum* to,
+          int64_t to_stride) {
   constexpr int64_t lanes = 16 / sizeof(Sum);
   using Arithmetic = Simd<Sum, 16>;
   int64_t u = 0;
@@ -105,19 +106,20 @@ void turn(const Sum* from, int64_t stride, int64_t units, int64_t columns, Sum* 
       typename Arithmetic::Vector block[lanes];
       for (int64_t k = 0; k < lanes; ++k) block[k] = Arithmetic::load(rows[k] + c);
       Arithmetic::transpose(block);
-      for (int64_t k = 0; k < lanes; ++k) Arithmetic::store(to + (c + k) * units + u, block[k]);
+      for (int64_t k = 0; k < lanes; ++k) Arithmetic::store(to + (c + k) * to_stride + u, block[k]);
     }
     for (; c < columns; ++c)
-      for (int64_t k = 0; k < lanes; ++k) to[c * units + u + k] = rows[k][c];
+      for (int64_t k = 0; k < lanes; ++k) to[c * to_stride + u + k] = rows[k][c];
   }
   for (; u < units; ++u)
-    for (int64_t c = 0; c < columns; ++c) to[c * units + u] = from[u * stride + c];
+    for (int64_t c = 0; c < columns; ++c) to[c * to_stride + u] = from[u * stride + c];
 }
 
-// Copies [depth, size] of a label's tensors.
+// The copy [depth, size] of a label's tensors, for units of a range.
 template <class Sum>
-void copy_rows(const Label& label, const Sum* data, Sum* to) {
-  constexpr int64_t kColumns = 64;  // whose rows of the copy stay in the cache
+void copy_rows(const Label& label, const Sum* data, manifold::Range units, Sum* to) {
+  // Whose rows of the copy stay in the cache, though they may all lie in a few of its sets.
+  constexpr int64_t kColumns = 16;
   for (const Place& place : label.places)
     for (int64_t p = 0, next; p < place.positions(); p = next) {
       // Positions that follow each other are copied at once.
@@ -126,10 +128,48 @@ void copy_rows(const Label& label, const Sum* data, Sum* to) {
                          columns < kColumns;
            ++next)
         columns += place.run;
-      turn(data + place.offset + place.at[p], place.stride, label.size, columns,
-           to + (place.row + p * place.run) * label.size);
+      turn(data + place.offset + place.at[p] + units.begin * place.stride, place.stride,
+           units.size(), columns, to + (place.row + p * place.run) * label.size + units.begin,
+           label.size);
     }
 }
+
+// Copies of all labels' tensors.
+template <class Sum>
+void copy_all(const Plan& plan, const Sum* data, const std::vector<Sum*>& to, int64_t threads,
+              const Team& team) {
+  team(threads, [&](int64_t begin, int64_t end) {
+    for (size_t l = 0; l < to.size(); ++l) {
+      const int64_t size = plan.labels[l].size;
+      copy_rows(plan.labels[l], data, {size * begin / threads, size * end / threads}, to[l]);
+    }
+  });
+}
+
+// The reference, of whose tensors every label has a copy; packed, too, where that is no more than
+// kKeptBytes.
+template <class Sum>
+struct Reference {
+  static constexpr int64_t kKeptBytes = 1 << 30;
+
+  Reference(const Plan& plan, const Sum* data, int64_t threads, const Team& team)
+      : data(data), rooms(plan.labels.size()), kept(plan.labels.size()) {
+    int64_t numbers = 0;
+    for (size_t l = 0; l < rooms.size(); ++l) {
+      const int64_t count = plan.labels[l].depth * plan.labels[l].size;
+      rows.push_back(rooms[l].get(count + gram::kMargin));
+      numbers += count;
+    }
+    keeps = 6 * numbers <= kKeptBytes;
+    copy_all(plan, data, rows, threads, team);
+  }
+
+  const Sum* data;
+  std::vector<Sum*> rows;  // [depth, size] of each label
+  std::vector<Buffer<Sum>> rooms;
+  mutable std::vector<product::Kept> kept;
+  bool keeps;
+};
 
 // What is known of one label of one network.
 template <class Sum>
@@ -147,35 +187,38 @@ struct Side {
 template <class Sum>
 class Descent {
  public:
-  // `references` are the copies of the reference's tensors; perms[label] is what is looked for.
-  Descent(const Plan& plan, const std::vector<const Sum*>& references, const Sum* reference,
-          const Sum* network, std::vector<int64_t*> perms, int64_t threads, const Team& team)
+  // perms[label] is what is looked for.
+  Descent(const Plan& plan, const Reference<Sum>& reference, const Sum* network,
+          std::vector<int64_t*> perms, int64_t threads, const Team& team)
       : plan_(plan),
-        references_(references),
+        reference_(reference),
         perms_(std::move(perms)),
         threads_(threads),
         team_(team),
         sides_(plan.labels.size()) {
-    team_(sides_.size(), [&](int64_t begin, int64_t end) {
-      for (int64_t l = begin; l < end; ++l) {
-        const Label& label = plan_.labels[l];
-        copy_rows(label, network, sides_[l].rows.get(label.depth * label.size + gram::kMargin));
-        std::iota(perms_[l], perms_[l] + label.size, 0);
-        sides_[l].exact = label.depth == 0;
-      }
-    });
+    std::vector<Sum*> copies;
+    for (size_t l = 0; l < sides_.size(); ++l) {
+      const Label& label = plan_.labels[l];
+      copies.push_back(sides_[l].rows.get(label.depth * label.size + gram::kMargin));
+      std::iota(perms_[l], perms_[l] + label.size, 0);
+      sides_[l].exact = label.depth == 0;
+    }
+    copy_all(plan_, network, copies, threads_, team_);
     for (const auto& range : plan_.fixed)
       for (int64_t at = range.begin; at < range.end; ++at)
-        fixed_ += double(reference[at]) * double(network[at]);
+        fixed_ += double(reference.data[at]) * double(network[at]);
   }
 
   // The inner product of the permuted network with the reference.
   double objective() {
-    std::vector<double> sums(sides_.size());
-    team_(sides_.size(), [&](int64_t begin, int64_t end) {
-      for (int64_t l = begin; l < end; ++l)
+    std::vector<double> sums(threads_);
+    team_(threads_, [&](int64_t begin, int64_t end) {
+      for (int64_t l = 0; l < int64_t(sides_.size()); ++l) {
+        const int64_t size = plan_.labels[l].size;
         for (const Place& place : plan_.labels[l].places)
-          if (place.counts) sums[l] += inner(l, place);
+          if (place.counts)
+            sums[begin] += inner(l, place, {size * begin / threads_, size * end / threads_});
+      }
     });
     return std::accumulate(sums.begin(), sums.end(), fixed_);
   }
@@ -272,14 +315,18 @@ class Descent {
       for (int64_t begin = 0; begin < changed; begin += part) {
         const int64_t count = std::min(part, changed - begin);
         Sum* differences = differences_.get(count * n + gram::kMargin);
-        for (int64_t k = 0; k < count; ++k) {
-          const Sum *now = own + picked_[begin + k] * n, *before = own + replaced_[begin + k] * n;
-          for (int64_t j = 0; j < n; ++j) differences[k * n + j] = now[j] - before[j];
-        }
+        on_numbers(count * n, n, [&](int64_t from, int64_t to) {
+          for (int64_t k = from; k < to; ++k) {
+            const Sum *now = own + picked_[begin + k] * n, *before = own + replaced_[begin + k] * n;
+            for (int64_t j = 0; j < n; ++j) differences[k * n + j] = now[j] - before[j];
+          }
+        });
         std::vector<Sum>& more = more_;
         more.resize(n * n);
         multiply(l, rows_.data() + begin, differences, nullptr, count, more.data());
-        for (int64_t at = 0; at < n * n; ++at) side.score[at] += more[at];
+        on_numbers(n * n, 1, [&](int64_t from, int64_t to) {
+          for (int64_t at = from; at < to; ++at) side.score[at] += more[at];
+        });
       }
       side.exact = false;
     } else {
@@ -304,6 +351,15 @@ class Descent {
     return true;
   }
 
+  // f on ranges of `count / each` items, on several threads where that many numbers are worth it.
+  template <class F>
+  void on_numbers(int64_t count, int64_t each, const F& f) {
+    if (count < kManyNumbers)
+      f(0, count / each);
+    else
+      team_(count / each, f);
+  }
+
   // The numbers of the others' positions that come to each one under the present permutations.
   void take(const Place& place, std::vector<int64_t>& numbers) const {
     const int64_t first = numbers.size();
@@ -326,9 +382,10 @@ class Descent {
     using product::Kind;
     using product::Lies;
     const int64_t n = plan_.labels[l].size;
-    if (n <= kNarrow) return gram::run<Sum>({references_[l], rows, order, picked, depth, n, to});
+    if (n <= kNarrow)
+      return gram::run<Sum>({reference_.rows[l], rows, order, picked, depth, n, to});
     manifold::BasesJob<Sum> job{};
-    job.product.left = {references_[l], Kind::same, Lies::across, n};
+    job.product.left = {reference_.rows[l], Kind::same, Lies::across, n};
     job.product.left.order = order;
     job.product.right = {rows, Kind::same, Lies::across, n};
     job.product.right.order = picked;
@@ -337,16 +394,17 @@ class Descent {
     job.to = to;
     job.kind = Kind::same;
     job.bases = 1;
+    if (order == nullptr && reference_.keeps) job.kept = &reference_.kept[l];
     const bool small = n * n * depth < kSmall;
     const Team alone = [](int64_t count, const auto& f) { f(0, count); };
     manifold::run_best<manifold::Runner, Sum>(job, manifold::parts_available(3),
                                               small ? 1 : threads_, small ? alone : team_, [] {});
   }
 
-  double inner(int64_t l, const Place& place) {
+  double inner(int64_t l, const Place& place, manifold::Range units) {
     const int64_t n = plan_.labels[l].size;
     const int64_t* perm = perms_[l];
-    const Sum *reference = references_[l], *own = sides_[l].rows.get(0);
+    const Sum *reference = reference_.rows[l], *own = sides_[l].rows.get(0);
     std::vector<int64_t> numbers;
     take(place, numbers);
     double total = 0;
@@ -355,11 +413,11 @@ class Descent {
         const Sum* ours = reference + (place.row + p * place.run + r) * n;
         const Sum* theirs = own + (place.row + numbers[p] * place.run + r) * n;
         double sums[4] = {};  // one alone would wait for itself
-        int64_t j = 0;
-        for (; j + 4 <= n; j += 4)
+        int64_t j = units.begin;
+        for (; j + 4 <= units.end; j += 4)
           for (int64_t k = 0; k < 4; ++k)
             sums[k] += double(ours[j + k]) * double(theirs[perm[j + k]]);
-        for (; j < n; ++j) sums[0] += double(ours[j]) * double(theirs[perm[j]]);
+        for (; j < units.end; ++j) sums[0] += double(ours[j]) * double(theirs[perm[j]]);
         total += sums[0] + sums[1] + sums[2] + sums[3];
       }
     return total;
@@ -370,17 +428,18 @@ class Descent {
     double total = 0;
     int64_t last = -1;
     for (const Place& place : plan_.labels[l].places) {
-      if (place.tensor != last) total += inner(l, place);
+      if (place.tensor != last) total += inner(l, place, {0, plan_.labels[l].size});
       last = place.tensor;
     }
     return total;
   }
 
-  static constexpr int64_t kNarrow = 64;      // products whose packing would cost as much
+  static constexpr int64_t kNarrow = 64;  // products whose packing would cost as much
+  static constexpr int64_t kManyNumbers = 1 << 16;
   static constexpr int64_t kSmall = 1 << 24;  // products not worth another thread
 
   const Plan& plan_;
-  const std::vector<const Sum*>& references_;
+  const Reference<Sum>& reference_;
   std::vector<int64_t*> perms_;
   int64_t threads_;
   const Team& team_;

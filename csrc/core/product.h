@@ -1,6 +1,7 @@
 // Matrix products of packed operands, term after term, whose sums a caller takes tile by tile.
 #pragma once
 
+#include <mutex>
 #include <vector>
 
 #include "product_pack.h"
@@ -27,6 +28,28 @@ struct Workspace {
   Buffer<typename Kernel::Sum> sums, scratch, results;
   std::vector<Chunk> chunks;
   std::vector<Segment<typename Kernel::Packed>> segments;
+};
+
+// An operand that is packed once and multiplied many times, by several threads.
+class Kept {
+ public:
+  // What `pack(room)` fills on the first call, or null to another kernel than that one's.
+  template <class Kernel, class Pack>
+  typename Kernel::Packed* get(int64_t count, const Pack& pack) {
+    using Packed = typename Kernel::Packed;
+    static const char name = 0;  // its address tells kernels apart
+    const std::lock_guard<std::mutex> hold(lock_);
+    if (!kernel_) {
+      pack(reinterpret_cast<Packed*>(room_.get(count * sizeof(Packed))));
+      kernel_ = &name;
+    }
+    return kernel_ == &name ? reinterpret_cast<Packed*>(room_.get(0)) : nullptr;
+  }
+
+ private:
+  std::mutex lock_;
+  Buffer<char> room_;
+  const char* kernel_ = nullptr;
 };
 
 // A tile of products: rows [i, i + count), columns [j, j + width). The first one of its place finds

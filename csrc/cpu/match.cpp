@@ -27,25 +27,16 @@ bool run(const match::Plan& plan, const Tensor& reference, const Tensor& flat, c
     f(0, count);
   };
   const bool small = numel < 1 << 19;
-  std::vector<Buffer<Sum>> copies(labels);
-  std::vector<const Sum*> references(labels);
-  (small ? alone : together)(labels, [&](int64_t begin, int64_t end) {
-    for (int64_t l = begin; l < end; ++l) {
-      const auto& label = plan.labels[l];
-      Sum* to = copies[l].get(label.depth * label.size + gram::kMargin);
-      match::copy_rows(label, ours, to);
-      references[l] = to;
-    }
-  });
+  const match::Reference<Sum> own(plan, ours, small ? 1 : threads, small ? alone : together);
   std::atomic<bool> finite{true};
   const auto match_one = [&](int64_t network, const Team& team) {
-    std::vector<int64_t*> own;
+    std::vector<int64_t*> found;
     int64_t* at = perms + network * perm_size;
     for (const auto& label : plan.labels) {
-      own.push_back(at);
+      found.push_back(at);
       at += label.size;
     }
-    match::Descent<Sum> descent(plan, references, ours, theirs + network * numel, own,
+    match::Descent<Sum> descent(plan, own, theirs + network * numel, found,
                                 &team == &alone ? 1 : threads, team);
     sweeps[network] = match::descend(descent, order.const_data_ptr<int64_t>(), labels,
                                      order.size(0), history + network, networks);
