@@ -10,7 +10,8 @@ from torch import Tensor
 
 from weightops import _check
 from weightops._progress import track
-from weightops.align.matching import _is_statistic, match
+from weightops.align._arguments import check_spec, is_statistic
+from weightops.align.matching import match
 from weightops.align.universe import frank_wolfe, pairs
 from weightops.ops.permute import permute
 from weightops.spec import WeightSpec
@@ -45,7 +46,7 @@ def match_all(
     seed: int = 0,
     tensors: Sequence[str] | None = None,
     max_sweeps: int = 100,
-    tolerance: float = 1e-6,
+    tolerance: float = 1e-5,
     progress: bool = True,
 ) -> MatchAll:
     """Permute all networks towards each other: maximise ``sum_{i<j} <P_i(flat[i]), P_j(flat[j])>``.
@@ -66,7 +67,7 @@ def match_all(
         tensors: names that count in the objective; by default all but batch norm's running
             statistics, whose size has nothing to do with the weights'.
         max_sweeps: give up after so many sweeps over the networks (each stage of ``"universe"``).
-        tolerance: end when a sweep gains less than this share of the objective.
+        tolerance: end Frank-Wolfe when a step gains no more than this share of the objective.
         progress: show a progress bar on a terminal.
 
     Source: Crisostomi et al. 2024, "C2M3: cycle-consistent multi-model merging" (arXiv 2405.17897),
@@ -76,24 +77,28 @@ def match_all(
         ValueError: shapes or names do not fit, fewer than two networks, or a weight is not finite.
         TypeError: an argument has the wrong type or dtype.
     """
+    check_spec("match_all", spec)
     _check_arguments(spec, flat, method, seed, tensors, max_sweeps, tolerance, progress)
     counted = [
         name
         for name in spec.shapes
-        if (name in tensors if tensors is not None else not _is_statistic(name))
+        if (name in tensors if tensors is not None else not is_statistic(name))
     ]
+    spec = WeightSpec(
+        spec.axes, spec.shapes, sizes=spec.labels
+    )  # of which match need not warn again
     flat = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
-    start = {label: p.to(flat.device) for label, p in spec.identity(len(flat)).items()}
+    perms = {label: p.to(flat.device) for label, p in spec.identity(len(flat)).items()}
     history: list[float] = []
     if method == "universe":
         projected, history = frank_wolfe(spec, flat, counted, max_sweeps, tolerance, progress)
         moved = permute(flat, projected, spec)
         if _objective(spec, moved, counted) > _objective(spec, flat, counted):
-            start = projected  # projecting may lose what the soft matrices gained
-    perms, hard = _merge_many(spec, flat, start, counted, seed, max_sweeps, tolerance, progress)
+            perms = projected  # projecting may lose what the soft matrices gained
+    history += _merge_many(spec, flat, perms, counted, seed, max_sweeps, progress)
     to_first = spec.invert({label: index[0] for label, index in perms.items()})
     return MatchAll(
-        spec.compose(perms, to_first), hard[-1], torch.tensor(history + hard, dtype=torch.float64)
+        spec.compose(perms, to_first), history[-1], torch.tensor(history, dtype=torch.float64)
     )
 
 
@@ -104,29 +109,26 @@ def _merge_many(
     counted: Sequence[str],
     seed: int,
     max_sweeps: int,
-    tolerance: float,
     progress: bool,
-) -> tuple[dict[str, Tensor], list[float]]:
-    """Match each network to the mean of the others, from ``perms`` on; the objectives on the way."""
+) -> list[float]:
+    """Match each network to the mean of the others; updates ``perms``, returns the objectives on the way."""
+    labelled = {name for label in spec.labels for name, _ in spec.occurrences(label)}
+    movable = [name for name in counted if name in labelled]
     generator = torch.Generator().manual_seed(seed)
     current = permute(flat, perms, spec)
     history = [_objective(spec, current, counted)]
-    for _ in track(range(max_sweeps), "match_all: merge-many", enabled=progress):
+    for _ in track(range(max_sweeps if movable else 0), "match_all: merge-many", enabled=progress):
         for i in torch.randperm(len(flat), generator=generator).tolist():
             others = (current.sum(0) - current[i]) / (len(flat) - 1)
             labels_seed = int(torch.randint(2**31, (), generator=generator))
-            found = match(spec, others, current[i : i + 1], seed=labels_seed, tensors=counted)
-            row = {label: index[i : i + 1] for label, index in perms.items()}
-            row = spec.compose(row, found.perms)
-            perms = {
-                label: index.index_copy(0, torch.tensor([i], device=index.device), row[label])
-                for label, index in perms.items()
-            }
-            current[i] = permute(flat[i : i + 1], row, spec)[0]
+            found = match(spec, others, current[i : i + 1], seed=labels_seed, tensors=movable)
+            for label, move in found.perms.items():
+                perms[label][i] = perms[label][i, move[0]]
+            current[i] = permute(current[i : i + 1], found.perms, spec)[0]
         history.append(_objective(spec, current, counted))
-        if history[-1] - history[-2] <= tolerance * abs(history[-1]):
+        if history[-1] <= history[-2]:
             break
-    return perms, history
+    return history
 
 
 def _objective(spec: WeightSpec, flat: Tensor, counted: Sequence[str]) -> float:
@@ -145,8 +147,6 @@ def _check_arguments(
     progress: bool,
 ) -> None:
     where = "match_all"
-    if not isinstance(spec, WeightSpec):
-        raise TypeError(f"{where}: spec must be a WeightSpec, not {_check.describe(spec)}")
     spec.check_flat(where, flat, dims=2)
     _check.floating(where, "flat", flat)
     if len(flat) < 2:

@@ -10,6 +10,7 @@ Source: Crisostomi et al. 2024 (arXiv 2405.17897), section 3, with its sums over
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
@@ -101,16 +102,16 @@ class Universe:
 
     def along(self, target: Mapping[str, Tensor]) -> Polynomial:
         """The objective at ``X + t (Y - X)`` as a polynomial in t, for permutations Y ``[N, size]``."""
-        total, t = Polynomial([0.0]), Polynomial([0.0, 1.0])
+        weights: defaultdict[tuple[int, int], float] = defaultdict(float)
         for tensor in self.tensors:
             path = tensor.path(target, len(tensor.on) - 1)
-            sums = [each.sum(0) for each in path]
+            sums = [each.sum(0, keepdim=True) for each in path]
             degree = 2 * (len(path) - 1)
             for a, b in combinations_with_replacement(range(len(path)), 2):
                 both = _inner(sums[a], sums[b]) - _inner(path[a], path[b])
-                weight = both / 2 if a == b else both
-                total += weight * t ** (a + b) * (1 - t) ** (degree - a - b)
-        return total
+                weights[a + b, degree - a - b] += both / 2 if a == b else both
+        t = Polynomial([0.0, 1.0])
+        return sum((w * t**i * (1 - t) ** j for (i, j), w in weights.items()), 0 * t)
 
     def step(self, target: Mapping[str, Tensor], t: float) -> None:
         """Go to ``X + t (Y - X)``."""
@@ -163,14 +164,15 @@ def pairs(tensors: Iterable[Tensor]) -> float:
     """``sum_{i<j} <T_i, T_j>`` over the rows of each tensor ``[N, ...]``, added up."""
     total = 0.0
     for tensor in tensors:
-        whole = tensor.sum(0)
+        whole = tensor.sum(0, keepdim=True)
         total += (_inner(whole, whole) - _inner(tensor, tensor)) / 2
     return total
 
 
 def _inner(first: Tensor, second: Tensor) -> float:
     # Rows are added in their own dtype, which torch does in a cascade: 2e-10 off, four times faster.
-    return (first * second).sum(-1).sum(dtype=torch.float64).item()
+    rows = (first * second).flatten(min(2, first.dim() - 1))
+    return rows.sum(-1).sum(dtype=torch.float64).item()
 
 
 def _rows(tensor: Tensor, axis: int) -> Tensor:
