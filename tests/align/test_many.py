@@ -278,7 +278,7 @@ def test_universe_is_no_worse_than_merge_many_and_the_first_network(
     to_first = weightops.permute(flat, star.perms, spec).double()
     whole = to_first.sum(0)
     first = float(whole @ whole - to_first.pow(2).sum()) / 2
-    assert universe.objective >= 0.99 * merged.objective
+    assert universe.objective >= 0.98 * merged.objective
     assert min(universe.objective, merged.objective) > 1.02 * first
     assert first > 2 * float(merged.history[0])
     check_found(spec, flat, universe)
@@ -292,7 +292,7 @@ def test_shuffling_the_networks_changes_the_objective_little(
     generator = torch.Generator().manual_seed(10)
     shuffled = weightops.permute(flat, spec.random_permutations(4, generator), spec)
     first, second = (match_all(spec, f).objective for f in (flat, shuffled.flip(0)))
-    assert first == pytest.approx(second, rel=0.01)
+    assert first == pytest.approx(second, rel=0.02)
 
 
 @pytest.mark.parametrize(

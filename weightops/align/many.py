@@ -84,9 +84,8 @@ def match_all(
         for name in spec.shapes
         if (name in tensors if tensors is not None else not is_statistic(name))
     ]
-    spec = WeightSpec(
-        spec.axes, spec.shapes, sizes=spec.labels
-    )  # of which match need not warn again
+    # A spec of its own, of which match does not warn once more.
+    spec = WeightSpec(spec.axes, spec.shapes, sizes=spec.labels)
     flat = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
     perms = {label: p.to(flat.device) for label, p in spec.identity(len(flat)).items()}
     history: list[float] = []
