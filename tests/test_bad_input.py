@@ -67,6 +67,7 @@ VALID: dict[str, tuple[Callable, dict[str, Any]]] = {
     "WeightSpec": (WeightSpec, {"axes": SPEC.axes, "shapes": SPEC.shapes, "sizes": {"k": 2}}),
     "flatten": (SPEC.flatten, {"models": STATE}),
     "unflatten": (SPEC.unflatten, {"flat": FLAT}),
+    "state_dict": (SPEC.state_dict, {"flat": FLAT}),
     "load_": (SPEC.load_, {"model": module(), "row": FLAT[0]}),
     "random_permutations": (SPEC.random_permutations, {"n": 2, "generator": None}),
     "identity": (SPEC.identity, {"n": 2}),
@@ -381,6 +382,11 @@ SWEEP: dict[tuple[str, str], list[tuple[Any, type, str]]] = {
         (_with(STATE, b=STATE["b"].to("meta")), VALUE, "b is on meta, but others is on cpu"),
     ],
     ("unflatten", "flat"): [
+        BAD_FLAT[0],
+        BAD_FLAT[4],
+        (torch.tensor(0.0), VALUE, r"flat has shape \[\]"),
+    ],
+    ("state_dict", "flat"): [
         BAD_FLAT[0],
         BAD_FLAT[4],
         (torch.tensor(0.0), VALUE, r"flat has shape \[\]"),

@@ -1,5 +1,7 @@
 """weightops: kernels for programs whose data are neural networks' weights."""
 
+from typing import TYPE_CHECKING, Any
+
 from weightops import _load
 from weightops._version import __version__
 from weightops.ops.assign import assign
@@ -14,7 +16,25 @@ from weightops.ops.manifold import (
 from weightops.ops.permute import merge, permute, permute_axes
 from weightops.spec import WeightSpec
 
+if TYPE_CHECKING:
+    from weightops.tracing import explain, trace, verify
+
 _load.load()
+_TRACING = ("explain", "trace", "verify")
+
+
+def __getattr__(name: str) -> Any:
+    """Tracing imports torch.export, for a second, so that waits until it is asked for."""
+    if name in _TRACING:
+        from weightops import tracing
+
+        return getattr(tracing, name)
+    raise AttributeError(f"module 'weightops' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_TRACING]
+
 
 __all__ = [
     "EquivariantPlan",
@@ -22,6 +42,7 @@ __all__ = [
     "__version__",
     "assign",
     "equivariant_linear",
+    "explain",
     "manifold_conv1d",
     "manifold_conv2d",
     "manifold_linear",
@@ -30,4 +51,6 @@ __all__ = [
     "permute_axes",
     "synthesize",
     "synthesize_update_",
+    "trace",
+    "verify",
 ]

@@ -14,6 +14,33 @@ from weightops import _check
 Axis: TypeAlias = str | tuple[str | None, ...] | None
 
 
+def read_tensors(
+    axes: Any, shapes: Any
+) -> tuple[dict[str, tuple[Axis, ...]], dict[str, torch.Size]]:
+    for name, value in (("axes", axes), ("shapes", shapes)):
+        if not isinstance(value, Mapping):
+            raise TypeError(
+                f"WeightSpec: {name} must map tensor names, not {_check.describe(value)}"
+            )
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(
+                    f"WeightSpec: {name} must map tensor names, but has {_check.describe(key)}"
+                )
+    for name in axes.keys() ^ shapes.keys():
+        has, lacks = ("axes", "shapes") if name in axes else ("shapes", "axes")
+        raise ValueError(f"WeightSpec: {name!r} is in {has}, but not in {lacks}")
+    checked_axes = {name: read_axes(name, axes[name]) for name in axes}
+    checked_shapes = {name: read_shape(name, shapes[name]) for name in axes}
+    for name, shape in checked_shapes.items():
+        if len(shape) != len(checked_axes[name]):
+            raise ValueError(
+                f"WeightSpec: {name} has shape {list(shape)}, but axes gives it "
+                f"{len(checked_axes[name])} entries {checked_axes[name]}"
+            )
+    return checked_axes, checked_shapes
+
+
 def read_axes(name: str, entries: Any) -> tuple[Axis, ...]:
     if isinstance(entries, str) or not isinstance(entries, Sequence):
         raise TypeError(

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from weightops import _check
-from weightops._axes import Axis, read_axes, read_labels, read_shape
+from weightops._axes import Axis, read_labels, read_tensors
+from weightops._git_rebasin import read_dictionary
+from weightops._parts import Place, read_places
+from weightops._state import read_state
 
 Permutations: TypeAlias = Mapping[str, Tensor]
 Model: TypeAlias = nn.Module | Mapping[str, Tensor]
@@ -34,6 +37,11 @@ class WeightSpec:
     for the rows of a query projection, ``("channel", None)`` for a linear layer that reads a
     flattened ``[channel, height, width]`` map (at most one factor may be ``None``).
 
+    A tensor may be a **part** of a model's tensor, named by Python's slices of its leading axes:
+    ``"qkv.weight[0:64]"``, ``"conv.weight[:, 64:96]"`` (``:`` for a whole axis, both ends written,
+    whole axes at the end left out). Its shape is the slice's, and all parts of one tensor together
+    cover it exactly once. So axes that are concatenated have labels of their own.
+
     Instances are immutable and hashable; equal ones have the same axes, shapes and label sizes.
 
     Args:
@@ -42,20 +50,28 @@ class WeightSpec:
         shapes: per tensor its shape; the same names as ``axes``.
         sizes: sizes of labels that the shapes do not tell, such as ``{"head": 4}`` where ``head``
             stands only in products with another such label.
+        unverified: that this is a guess, such as a traced one, which :func:`weightops.verify` has
+            not proven yet.
 
     Raises:
         TypeError: an axis entry is no label, tuple or ``None``; a length is no integer.
         ValueError: names differ between ``axes`` and ``shapes``, ranks differ, one label has two
-            sizes, or a label's size cannot be told.
+            sizes, a label's size cannot be told, or the parts of a tensor do not fit together.
     """
 
-    __slots__ = ("_axes", "_cache", "_digest", "_labels", "_numel", "_offsets", "_shapes")
+    __slots__ = (
+        *("_axes", "_cache", "_digest", "_labels", "_numel", "_offsets", "_places", "_shapes"),
+        *("_unverified", "_wholes"),
+    )
 
     _axes: dict[str, tuple[Axis, ...]]
     _shapes: dict[str, torch.Size]
     _labels: dict[str, int]
     _offsets: dict[str, int]
     _numel: int
+    _places: dict[str, Place]
+    _wholes: dict[str, torch.Size]
+    _unverified: bool
     _digest: str
     _cache: dict[str, Any]
 
@@ -65,29 +81,12 @@ class WeightSpec:
         shapes: Mapping[str, Sequence[int]],
         *,
         sizes: Mapping[str, int] | None = None,
+        unverified: bool = False,
     ) -> None:
-        for name, value in (("axes", axes), ("shapes", shapes)):
-            if not isinstance(value, Mapping):
-                raise TypeError(
-                    f"WeightSpec: {name} must map tensor names, not {_check.describe(value)}"
-                )
-            for key in value:
-                if not isinstance(key, str):
-                    raise TypeError(
-                        f"WeightSpec: {name} must map tensor names, but has {_check.describe(key)}"
-                    )
-        for name in axes.keys() ^ shapes.keys():
-            has, lacks = ("axes", "shapes") if name in axes else ("shapes", "axes")
-            raise ValueError(f"WeightSpec: {name!r} is in {has}, but not in {lacks}")
-        checked_axes = {name: read_axes(name, axes[name]) for name in axes}
-        checked_shapes = {name: read_shape(name, shapes[name]) for name in axes}
-        for name, shape in checked_shapes.items():
-            if len(shape) != len(checked_axes[name]):
-                raise ValueError(
-                    f"WeightSpec: {name} has shape {list(shape)}, but axes gives it "
-                    f"{len(checked_axes[name])} entries {checked_axes[name]}"
-                )
+        _check.flag("WeightSpec", "unverified", unverified)
+        checked_axes, checked_shapes = read_tensors(axes, shapes)
         labels = read_labels(checked_axes, checked_shapes, {} if sizes is None else sizes)
+        places, wholes = read_places(checked_shapes)
         *offsets, numel = accumulate(map(prod, checked_shapes.values()), initial=0)
         for attribute, checked in (
             ("_axes", checked_axes),
@@ -95,10 +94,13 @@ class WeightSpec:
             ("_labels", labels),
             ("_offsets", dict(zip(checked_shapes, offsets, strict=True))),
             ("_numel", numel),
+            ("_places", places),
+            ("_wholes", wholes),
+            ("_unverified", unverified),
             ("_cache", {}),
         ):
             object.__setattr__(self, attribute, checked)
-        digest = hashlib.sha256(self.to_json().encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(self._content()).encode()).hexdigest()
         object.__setattr__(self, "_digest", digest)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -134,8 +136,19 @@ class WeightSpec:
 
     @property
     def digest(self) -> str:
-        """A fingerprint of :meth:`to_json`: equal specs have equal ones, in every process."""
+        """A fingerprint of axes, shapes and sizes: equal specs have equal ones, in every process."""
         return self._digest
+
+    @property
+    def unverified(self) -> bool:
+        """Whether this spec came out of a trace and has not passed :func:`weightops.verify`.
+
+        Kept by JSON, pickle and copies; no part of equality.
+        """
+        return self._unverified
+
+    def _set_verified(self) -> None:
+        object.__setattr__(self, "_unverified", False)
 
     def factors(self, name: str, axis: int) -> tuple[tuple[str | None, int], ...]:
         """The ``(label, size)`` factors of one axis, slowest first; a fixed one has label ``None``."""
@@ -203,6 +216,29 @@ class WeightSpec:
                 self._shapes.items(), self._offsets.values(), strict=True
             )
         }
+
+    def state_dict(self, flat: Tensor) -> dict[str, Tensor]:
+        """Tensor of the model -> ``[..., *shape]``, from ``flat`` ``[..., P]``.
+
+        Views of ``flat`` as :meth:`unflatten` gives them, save for tensors that the spec has by
+        parts: these are joined, and so copies. Differentiable.
+
+        Raises:
+            ValueError: the last axis is not P long.
+            TypeError: ``flat`` is no tensor.
+        """
+        self.check_flat("state_dict", flat)
+        state: dict[str, Tensor] = {}
+        for name, view in self.unflatten(flat).items():
+            tensor, index = self._places[name]
+            if index is None:
+                state[tensor] = view
+                continue
+            if tensor not in state:
+                state[tensor] = flat.new_empty(*flat.shape[:-1], *self._wholes[tensor])
+            at: tuple = (..., *index)
+            state[tensor][at] = view
+        return state
 
     def features(self, flat: Tensor, grads: Tensor | None = None, *extra: Tensor) -> Tensor:
         """Stand networks, their gradients and whatever else is laid out alike side by side.
@@ -345,13 +381,14 @@ class WeightSpec:
 
     def to_json(self) -> str:
         """The spec as JSON; :meth:`from_json` reads it back."""
-        return json.dumps(
-            {
-                "axes": {name: list(entries) for name, entries in self._axes.items()},
-                "shapes": {name: list(shape) for name, shape in self._shapes.items()},
-                "sizes": self._labels,
-            }
-        )
+        return json.dumps(self._content() | ({"unverified": True} if self._unverified else {}))
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "axes": {name: list(entries) for name, entries in self._axes.items()},
+            "shapes": {name: list(shape) for name, shape in self._shapes.items()},
+            "sizes": self._labels,
+        }
 
     @classmethod
     def from_json(cls, text: str) -> WeightSpec:
@@ -365,9 +402,36 @@ class WeightSpec:
                 for name, entries in data["axes"].items()
             }
             shapes, sizes = data["shapes"], data["sizes"]
+            unverified = data.get("unverified", False)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"from_json: text is not a WeightSpec: {error!r}") from None
-        return cls(axes, shapes, sizes=sizes)
+        return cls(axes, shapes, sizes=sizes, unverified=unverified)
+
+    @classmethod
+    def from_git_rebasin(
+        cls,
+        permutations: Any,
+        shapes: nn.Module | Mapping[str, Tensor] | Mapping[str, Sequence[int]],
+    ) -> WeightSpec:
+        """The spec that a dictionary of Git Re-Basin (Ainsworth et al., arXiv 2209.04836) means.
+
+        Published dictionaries have faults, so the spec is ``unverified``.
+
+        Args:
+            permutations: ``axes_to_perm`` (tensor -> per axis a permutation's name or ``None``),
+                ``perm_to_axes`` (permutation -> list of (tensor, axis)), or a ``PermutationSpec``.
+            shapes: a module, a state dict, or tensor -> shape; floating tensors that
+                ``permutations`` lacks are fixed. The order of the layout.
+
+        A matrix whose axis is a multiple of the permutation's size reads a flattened
+        ``[channel, height, width]`` map: the axis becomes ``(permutation, None)``.
+
+        Raises:
+            ValueError: a permutation is given for a tensor or an axis that does not exist, or has
+                several sizes.
+            TypeError: an argument has the wrong type.
+        """
+        return cls(*read_dictionary(permutations, shapes), unverified=True)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, WeightSpec):
@@ -386,6 +450,7 @@ class WeightSpec:
         ]
         labels = ", ".join(f"{label}={size}" for label, size in self._labels.items())
         head = f"WeightSpec({len(self._shapes)} tensors, {self._numel:,} weights, labels: {labels}"
+        head += ", unverified" if self._unverified else ""
         return "\n".join([head, *lines]) + ")"
 
     def __reduce__(self) -> tuple:
@@ -409,33 +474,7 @@ class WeightSpec:
             raise ValueError(f"{where}: n must be at least 0, not {n}")
 
     def _state(self, where: str, name: str, model: Any) -> dict[str, Tensor]:
-        if not isinstance(model, (nn.Module, Mapping)):
-            raise TypeError(
-                f"{where}: {name} must be a module or a state dict, not {_check.describe(model)}"
-            )
-        given = model.state_dict() if isinstance(model, nn.Module) else model
-        state: dict[str, Tensor] = {}
-        for key, shape in self._shapes.items():
-            if key not in given:
-                raise ValueError(f"{where}: {name} has no tensor {key!r}, which the spec names")
-            _check.tensor(where, f"{name}[{key!r}]", given[key], str(list(shape)))
-            if given[key].shape != shape:
-                raise ValueError(
-                    f"{where}: {key} has shape {list(given[key].shape)}, the spec's is {list(shape)}"
-                )
-            state[key] = given[key]
-        known = {_storage(tensor) for tensor in state.values()}
-        for key, tensor in given.items():
-            counted = isinstance(tensor, Tensor) and (
-                tensor.is_floating_point() or tensor.is_complex()
-            )
-            if key not in state and counted and _storage(tensor) not in known:
-                raise ValueError(f"{where}: {name} has a tensor {key!r}, which the spec lacks")
-        return state
-
-
-def _storage(tensor: Tensor) -> tuple:
-    return tensor.data_ptr(), tuple(tensor.shape)
+        return read_state(where, name, model, self._places, self._wholes)
 
 
 def _axis_text(entry: Axis) -> str:

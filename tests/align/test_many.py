@@ -242,6 +242,15 @@ def test_half_precision_is_matched_in_float32() -> None:
     assert all(torch.equal(half.perms[label], full.perms[label]) for label in MLP.labels)
 
 
+@pytest.mark.parametrize("method", ["universe", "merge-many"])
+def test_an_unverified_spec_is_warned_of_once(method: str) -> None:
+    guess = weightops.WeightSpec(MLP.axes, MLP.shapes, unverified=True)
+    flat = torch.randn(2, MLP.numel, generator=torch.Generator().manual_seed(10))
+    with pytest.warns(UserWarning, match="match_all: spec was traced and never") as caught:
+        match_all(guess, flat, method=method)
+    assert len(caught) == 1
+
+
 @pytest.fixture(scope="module")
 def trained() -> tuple[weightops.WeightSpec, Tensor]:
     """Four digit classifiers 64-24-24-10 of different seeds."""
@@ -317,6 +326,7 @@ def test_shuffling_the_networks_changes_the_objective_little(
         ({"method": "magic"}, "match_all: method must be one of 'universe', 'merge-many'"),
         ({"method": 3}, "match_all: method must be a string"),
         ({"seed": "x"}, "match_all: seed must be an integer"),
+        ({"seed": -1}, "match_all: seed must be at least 0"),
         ({"tensors": []}, "match_all: tensors is empty"),
         ({"tensors": ["nope"]}, "match_all: tensors has 'nope'"),
         ({"max_sweeps": 0}, "match_all: max_sweeps must be at least 1"),

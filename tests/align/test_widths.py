@@ -184,6 +184,68 @@ def test_tensors_may_stand_in_another_order_and_variances_of_padding_score_nothi
     assert found.objective.tolist() == [9.0 * 5 + 7 * 3 + 8 * 4]
 
 
+def parts_spec(query: int, value: int) -> weightops.WeightSpec:
+    """Two projections in one tensor, and one whose rows are of both kinds."""
+    both = query + value
+    return weightops.WeightSpec(
+        {
+            f"qv[0:{query}]": ("q", None),
+            f"qv[{query}:{both}]": ("v", None),
+            f"out[:, 0:{query}]": (None, "q"),
+            f"out[:, {query}:{both}]": (None, "v"),
+        },
+        {
+            f"qv[0:{query}]": (query, 9),
+            f"qv[{query}:{both}]": (value, 9),
+            f"out[:, 0:{query}]": (5, query),
+            f"out[:, {query}:{both}]": (5, value),
+        },
+    )
+
+
+def test_parts_move_as_those_before_them_grow() -> None:
+    spec = parts_spec(4, 6)
+    state = {"qv": torch.randn(10, 9), "out": torch.randn(5, 10)}
+    wider, flat = widen(spec, spec.flatten(state), sizes={"q": 7})
+    assert wider == parts_spec(7, 6)
+    expected = {
+        "qv": torch.cat([state["qv"][:4], torch.zeros(3, 9), state["qv"][4:]]),
+        "out": torch.cat([state["out"][:, :4], torch.zeros(5, 3), state["out"][:, 4:]], 1),
+    }
+    assert torch.equal(flat, wider.flatten(expected))
+
+
+def test_parts_of_unequal_widths_correspond() -> None:
+    ours, theirs = parts_spec(4, 6), parts_spec(7, 3)
+    generator = torch.Generator().manual_seed(6)
+    large = {"qv": torch.randn(13, 9, generator=generator), "out": torch.randn(5, 13, generator=generator)}
+    q, v = torch.randperm(7, generator=generator)[:4], torch.randperm(6, generator=generator)[:3]
+    reference = ours.flatten({
+        "qv": large["qv"][torch.cat([q, torch.arange(7, 13)])],
+        "out": large["out"][:, torch.cat([q, torch.arange(7, 13)])],
+    })
+    flat = theirs.flatten({
+        "qv": large["qv"][torch.cat([torch.arange(7), 7 + v])],
+        "out": large["out"][:, torch.cat([torch.arange(7), 7 + v])],
+    })
+    found = match_partial(ours, reference[0], theirs, flat)
+    assert torch.equal(found.units["q"][0], q)
+    assert torch.equal(found.units["v"][0], v)
+    first = match_partial(ours, reference[0], theirs, flat, tensors=["qv[0:4]"])
+    torch.testing.assert_close(first.objective[0], large["qv"][q].double().pow(2).sum())
+
+
+def test_an_unverified_spec_is_warned_of_and_stays_unverified() -> None:
+    mlp = testing.mlp_spec(9, 8, 7, 4)
+    guess = weightops.WeightSpec(mlp.axes, mlp.shapes, unverified=True)
+    with pytest.warns(UserWarning, match="widen: spec was traced and never verified"):
+        wider, flat = widen(guess, torch.ones(1, mlp.numel), sizes={"h1": 9})
+    assert wider.unverified
+    with pytest.warns(UserWarning, match="match_partial: spec was traced") as caught:
+        match_partial(guess, torch.ones(mlp.numel), mlp, torch.ones(1, mlp.numel))
+    assert len(caught) == 1
+
+
 MLP = testing.mlp_spec(9, 8, 7, 4)
 
 
@@ -221,8 +283,9 @@ def test_widen_refuses_bad_input(change: dict, message: str) -> None:
         ),
         (
             {"other_spec": testing.mlp_spec(10, 8, 7, 4)},
-            "match_partial: fc1.weight axis 1 has 9 fixed entries in spec, but 10 in other_spec",
+            "match_partial: fc1.weight axis 1 has length 9 in spec, but 10 in other_spec",
         ),
+        ({"tensors": ["nope"]}, "match_partial: tensors has 'nope', the spec has"),
         ({"reference": torch.zeros(5)}, r"match_partial: reference has shape \[5\]"),
         ({"flat": torch.zeros(MLP.numel)}, r"match_partial: flat must have shape \[N, P\]"),
         ({"reference": torch.zeros(MLP.numel).long()}, "match_partial: reference must be floating"),

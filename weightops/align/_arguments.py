@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from weightops import _check
+from weightops import _check, _parts
 from weightops.spec import WeightSpec
 
 
@@ -22,4 +22,4 @@ def check_spec(where: str, spec: Any) -> None:
 
 def is_statistic(name: str) -> bool:
     """Whether a tensor is batch norm's running statistic, whose size has nothing to do with the weights'."""
-    return name.split("[", 1)[0].endswith(("running_mean", "running_var"))
+    return _parts.parse(name)[0].endswith(("running_mean", "running_var"))

@@ -151,8 +151,7 @@ def _check_arguments(
     if len(flat) < 2:
         raise ValueError(f"{where}: flat must hold 2 networks or more, not {len(flat)}")
     _check.choice(where, "method", method, METHODS)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"{where}: seed must be an integer, not {_check.describe(seed)}")
+    _check.count(where, "seed", seed, least=0)
     if tensors is not None and not tensors:
         raise ValueError(f"{where}: tensors is empty, so nothing would count")
     for name in tensors or ():

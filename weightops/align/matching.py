@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
 
 from weightops import _check
-from weightops.ops.assign import assign
-from weightops.ops.permute import permute
+from weightops.align._arguments import check_spec, is_statistic
+from weightops.ops.match import match_weights, plan
 from weightops.spec import WeightSpec
 
 METHODS = ("weight",)
-#: gains below this share of the objective are rounding, and would be traded back and forth
-TOLERANCE = 1e-7
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,10 @@ def match(
 
     Args:
         spec: axes and layout of one network.
-        reference: the network ``[P]`` to align to.
-        flat: networks ``[N, P]`` to align, of the same floating dtype.
+        reference: the network ``[P]`` to align to; or T networks ``[T, P]``, such as the
+            checkpoints of one training.
+        flat: networks ``[N, P]`` to align, of the same floating dtype; with ``[T, P]`` references
+            ``[N, T, P]``, whose T networks get one permutation, at the best sum over all T.
         method: ``"weight"``.
         seed: of the order in which labels are visited.
         tensors: names that count in the objective; by default all but batch norm's running
@@ -64,83 +63,29 @@ def match(
         ValueError: shapes, devices or names do not fit, or a weight is not finite.
         TypeError: an argument has the wrong type or dtype.
     """
-    _check_arguments(spec, reference, flat, method, seed, tensors, max_sweeps)
-    counted = [
-        name
-        for name in spec.shapes
-        if (name in tensors if tensors is not None else not _is_statistic(name))
-    ]
+    counted = _check_arguments(spec, reference, flat, method, seed, tensors, max_sweeps)
+    ours, theirs = (t.detach() for t in (reference, flat))
+    if ours.dim() == 1:
+        ours, theirs = ours[None], theirs[:, None]
+    if ours.dtype not in (torch.float32, torch.float64):
+        ours, theirs = ours.float(), theirs.float()
     generator = torch.Generator().manual_seed(seed)
-    perms = {label: p.to(flat.device) for label, p in spec.identity(flat.shape[0]).items()}
-    labels = list(perms)
-    current = flat
-    views = {"reference": spec.unflatten(reference), "current": spec.unflatten(current)}
-    objective = _inner(views, counted)
-    history = [objective]
-    for _ in range(max_sweeps):
-        improved = False
-        for i in torch.randperm(len(labels), generator=generator).tolist():
-            label = labels[i]
-            move = assign(_score(views, spec, label, counted, flat.shape[0]))
-            candidate = {**perms, label: perms[label].gather(1, move)}
-            permuted = permute(flat, candidate, spec)
-            reached = _inner({**views, "current": spec.unflatten(permuted)}, counted)
-            # Where a label stands twice in a tensor the scores are a linearisation that may mislead.
-            better = reached > objective + TOLERANCE * objective.abs()
-            if not better.any():
-                continue
-            improved = True
-            perms[label] = torch.where(better[:, None], candidate[label], perms[label])
-            current = permuted if better.all() else permute(flat, perms, spec)
-            views["current"] = spec.unflatten(current)
-            objective = torch.where(better, reached, objective)
-        history.append(objective)
-        if not improved:
-            break
-    return Match(perms, objective, torch.stack(history))
-
-
-def _inner(views: dict[str, dict[str, Tensor]], counted: Sequence[str]) -> Tensor:
-    """Inner products ``[N]`` of the current networks with the reference, over the counted tensors."""
-    products = [
-        views["current"][name].flatten(1).double() @ views["reference"][name].flatten().double()
-        for name in counted
-    ]
-    return torch.stack(products).sum(0)
-
-
-def _score(
-    views: dict[str, dict[str, Tensor]],
-    spec: WeightSpec,
-    label: str,
-    counted: Sequence[str],
-    networks: int,
-) -> Tensor:
-    """``[N, n, n]``: what the objective gains when position j of the current network comes to i."""
-    n = spec.labels[label]
-    example = next(iter(views["reference"].values()))
-    score = example.new_zeros(networks, n, n)
-    for name, before, after in _places(spec, label, counted):
-        ours = views["reference"][name].reshape(before, n, after).movedim(1, 0)
-        theirs = views["current"][name].reshape(networks, before, n, after).movedim(2, 1)
-        score += ours.reshape(n, -1) @ theirs.reshape(networks, n, -1).mT
-    return score
-
-
-def _places(spec: WeightSpec, label: str, counted: Sequence[str]) -> Iterator[tuple[str, int, int]]:
-    """Each place of ``label``: the tensor, and the number of elements before and behind that factor."""
-    for name in counted:
-        factors = [
-            factor for axis in range(len(spec.shapes[name])) for factor in spec.factors(name, axis)
-        ]
-        sizes = [size for _, size in factors]
-        for i, (each, _) in enumerate(factors):
-            if each == label:
-                yield name, prod(sizes[:i]), prod(sizes[i + 1 :])
-
-
-def _is_statistic(name: str) -> bool:
-    return name.endswith(("running_mean", "running_var"))
+    order = torch.rand(max_sweeps, len(spec.labels), generator=generator).argsort(1)
+    try:
+        found, history, sweeps = match_weights(
+            ours.cpu(), theirs.cpu(), plan(spec, counted, len(ours)), order
+        )
+    except RuntimeError:
+        _check.finite("match", "reference", reference)
+        _check.finite("match", "flat", flat)
+        raise
+    sizes = list(spec.labels.values())
+    perms = dict(zip(spec.labels, found.to(flat.device).split(sizes, 1), strict=True))
+    last = int(sweeps.max()) if len(sweeps) else 0
+    # Networks that were done earlier stay where they were.
+    history = history[: last + 1].gather(0, torch.arange(last + 1)[:, None].minimum(sweeps))
+    history = history.to(flat.device)
+    return Match(perms, history[-1], history)
 
 
 def _check_arguments(
@@ -151,27 +96,32 @@ def _check_arguments(
     seed: int,
     tensors: Sequence[str] | None,
     max_sweeps: int,
-) -> None:
-    if not isinstance(spec, WeightSpec):
-        raise TypeError(f"match: spec must be a WeightSpec, not {_check.describe(spec)}")
-    spec.check_flat("match", reference, "reference", dims=1)
-    spec.check_flat("match", flat, dims=2)
+) -> list[str]:
+    """The names of the tensors that count."""
+    check_spec("match", spec)
+    _check.tensor("match", "reference", reference, "[P] or [T, P]")
+    spec.check_flat("match", reference, "reference")
+    if reference.dim() > 2:
+        raise ValueError(
+            f"match: reference must have shape [P] or [T, P], not {list(reference.shape)}"
+        )
+    shape = "[N, P]" if reference.dim() == 1 else "[N, T, P]"
+    _check.tensor("match", "flat", flat, shape, reference.dim() + 1)
+    spec.check_flat("match", flat)
+    if reference.dim() == 2:
+        _check.size("match", "flat axis 1", flat.shape[1], reference.shape[0], "reference's axis 0")
     _check.floating("match", "reference", reference)
     if flat.dtype != reference.dtype:
         raise TypeError(f"match: flat is {flat.dtype}, but reference is {reference.dtype}")
     _check.same_device("match", "flat", flat, "reference", reference)
-    if method not in METHODS:
-        raise ValueError(f"match: method must be one of {METHODS}, not {_check.describe(method)}")
-    if isinstance(max_sweeps, bool) or not isinstance(max_sweeps, int) or max_sweeps < 1:
-        raise ValueError(
-            f"match: max_sweeps must be an integer from 1, not {_check.describe(max_sweeps)}"
-        )
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"match: seed must be an integer, not {_check.describe(seed)}")
-    if tensors is not None and not tensors:
+    _check.choice("match", "method", method, METHODS)
+    _check.count("match", "max_sweeps", max_sweeps)
+    _check.count("match", "seed", seed, least=0)
+    if tensors is None:
+        return [name for name in spec.shapes if not is_statistic(name)]
+    if not tensors:
         raise ValueError("match: tensors is empty, so nothing would count")
-    for name in tensors or ():
+    for name in tensors:
         if name not in spec.shapes:
             raise ValueError(f"match: tensors has {name!r}, the spec has {list(spec.shapes)}")
-    _check.finite("match", "reference", reference)
-    _check.finite("match", "flat", flat)
+    return list(tensors)

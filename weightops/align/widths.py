@@ -9,6 +9,7 @@ from math import prod
 from torch import Tensor
 
 from weightops import _check
+from weightops._parts import parse
 from weightops.align._arguments import check_spec
 from weightops.align.matching import match
 from weightops.spec import WeightSpec
@@ -47,7 +48,7 @@ def widen(spec: WeightSpec, flat: Tensor, *, sizes: Mapping[str, int]) -> tuple[
         sizes: label -> its new size, at least the old one; other labels stay as they are.
 
     Returns:
-        The wider spec, with the same tensors and labels, and the networks ``[N, P']`` in its layout;
+        The wider spec, with the same tensors (parts are renamed as they move) and labels, and the networks ``[N, P']`` in its layout;
         differentiable.
 
     Raises:
@@ -62,7 +63,7 @@ def widen(spec: WeightSpec, flat: Tensor, *, sizes: Mapping[str, int]) -> tuple[
         if label not in spec.labels:
             raise ValueError(f"widen: sizes has label {label!r}, the spec has {list(spec.labels)}")
         _check.count("widen", f"sizes[{label!r}]", size, spec.labels[label])
-    wider = _resized(spec, sizes)
+    wider = _resized(spec, sizes, unverified=spec.unverified)
     return wider, _padded(spec, flat, wider, variance=1.0)
 
 
@@ -87,7 +88,7 @@ def match_partial(
         other_spec: axes and layout of ``flat``'s networks: the same tensors and labels.
         flat: networks ``[N, P']``, of the same floating dtype.
         seed: of the order in which labels are visited.
-        tensors: names that count in the objective, as for :func:`match`.
+        tensors: names in ``spec`` that count in the objective, as for :func:`match`.
         max_sweeps: give up after so many sweeps over the labels.
 
     Raises:
@@ -98,7 +99,10 @@ def match_partial(
     where = "match_partial"
     check_spec(where, spec)
     check_spec(where, other_spec)
-    _check_correspondence(where, spec, other_spec)
+    ours, theirs = spec.labels, other_spec.labels
+    sizes = {label: max(size, theirs[label]) for label, size in ours.items() if label in theirs}
+    wider = _resized(spec, sizes)
+    _check_correspondence(where, wider, _resized(other_spec, sizes))
     spec.check_flat(where, reference, "reference", dims=1)
     other_spec.check_flat(where, flat, dims=2)
     _check.floating(where, "reference", reference)
@@ -107,15 +111,17 @@ def match_partial(
     _check.same_device(where, "flat", flat, "reference", reference)
     _check.finite(where, "reference", reference)
     _check.finite(where, "flat", flat)
+    names = dict(zip(spec.shapes, wider.shapes, strict=True))
+    for name in tensors or ():
+        if name not in names:
+            raise ValueError(f"{where}: tensors has {name!r}, the spec has {list(names)}")
 
-    ours, theirs = spec.labels, other_spec.labels
-    wider = _resized(spec, {label: max(ours[label], theirs[label]) for label in ours})
     found = match(
         wider,
         _padded(spec, reference[None], wider)[0],
         _padded(other_spec, flat, wider),
         seed=seed,
-        tensors=tensors,
+        tensors=None if tensors is None else [names[name] for name in tensors],
         max_sweeps=max_sweeps,
     )
     units = {}
@@ -126,39 +132,77 @@ def match_partial(
     return PartialMatch(units, found.objective, wider, found.perms)
 
 
-def _resized(spec: WeightSpec, sizes: Mapping[str, int]) -> WeightSpec:
+def _resized(
+    spec: WeightSpec, sizes: Mapping[str, int], *, unverified: bool = False
+) -> WeightSpec:
+    """The spec with other sizes of labels: the same tensors in the same order."""
     labels = {**spec.labels, **sizes}
     shapes = {
         name: [
             prod(
-                size if label is None else labels[label] for label, size in spec.factors(name, axis)
+                size if label is None else labels[label]
+                for label, size in spec.factors(name, axis)
             )
             for axis in range(len(shape))
         ]
         for name, shape in spec.shapes.items()
     }
-    return WeightSpec(spec.axes, shapes, sizes=labels)
+    names = _renamed_parts(shapes)
+    return WeightSpec(
+        {names[name]: axes for name, axes in spec.axes.items()},
+        {names[name]: shape for name, shape in shapes.items()},
+        sizes=labels,
+        unverified=unverified,
+    )
+
+
+def _renamed_parts(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Name -> the name whose slices fit the new shape, behind parts that changed in length."""
+    slices = {name: parse(name)[1] or () for name in shapes}
+    cuts: dict[tuple[str, int], dict[int, int]] = {}
+    bounds = [
+        (each.start, each.stop, parse(name)[0], axis, shapes[name][axis])
+        for name, index in slices.items()
+        for axis, each in enumerate(index)
+        if each.stop is not None
+    ]
+    for start, stop, tensor, axis, length in sorted(bounds):
+        moved = cuts.setdefault((tensor, axis), {0: 0})
+        moved[stop] = moved[start] + length
+    renamed = {}
+    for name, index in slices.items():
+        tensor = parse(name)[0]
+        texts = [
+            ":" if each.stop is None else "{}:{}".format(*(cuts[tensor, axis][at] for at in (each.start, each.stop)))
+            for axis, each in enumerate(index)
+        ]
+        renamed[name] = f"{tensor}[{', '.join(texts)}]" if texts else name
+    return renamed
 
 
 def _padded(spec: WeightSpec, flat: Tensor, wider: WeightSpec, *, variance: float = 0.0) -> Tensor:
     """The networks in ``wider``'s layout; new entries are zero, those of running variances ``variance``."""
     padded = flat.new_zeros(len(flat), wider.numel)
+    target = wider.unflatten(padded)
+    renamed = zip(spec.shapes, _resized(spec, wider.labels).shapes, strict=True)
     narrow = spec.unflatten(flat)
-    for name, wide in wider.unflatten(padded).items():
-        if name.split("[", 1)[0].endswith("running_var"):
+    for name, new in renamed:
+        wide = target[new]
+        if parse(name)[0].endswith("running_var"):
             wide.fill_(variance)
-        factors = [
-            each for axis in range(len(wider.axes[name])) for each in wider.factors(name, axis)
-        ]
-        old = [each for axis in range(len(spec.axes[name])) for each in spec.factors(name, axis)]
-        corner = wide.view(len(flat), *(size for _, size in factors))
-        for dim, (_, size) in enumerate(old, 1):
+        corner = wide.view(len(flat), *(size for _, size in _factors(wider, new)))
+        for dim, (_, size) in enumerate(_factors(spec, name), 1):
             corner = corner.narrow(dim, 0, size)
         corner.copy_(narrow[name].reshape(corner.shape))
     return padded
 
 
+def _factors(spec: WeightSpec, name: str) -> list[tuple[str | None, int]]:
+    return [each for axis in range(len(spec.shapes[name])) for each in spec.factors(name, axis)]
+
+
 def _check_correspondence(where: str, spec: WeightSpec, other: WeightSpec) -> None:
+    """Raise unless the specs, brought to equal sizes, are the same but for the tensors' order."""
     for name in (*spec.shapes, *other.shapes):
         for side, each in (("spec", spec), ("other_spec", other)):
             if name not in each.shapes:
@@ -168,11 +212,9 @@ def _check_correspondence(where: str, spec: WeightSpec, other: WeightSpec) -> No
             raise ValueError(
                 f"{where}: {name} has axes {axes} in spec, but {other.axes[name]} in other_spec"
             )
-        for axis in range(len(axes)):
-            pairs = zip(spec.factors(name, axis), other.factors(name, axis), strict=True)
-            for (label, size), (_, theirs) in pairs:
-                if label is None and size != theirs:
-                    raise ValueError(
-                        f"{where}: {name} axis {axis} has {size} fixed entries in spec, "
-                        f"but {theirs} in other_spec"
-                    )
+        for axis, (ours, theirs) in enumerate(zip(spec.shapes[name], other.shapes[name], strict=True)):
+            if ours != theirs:
+                raise ValueError(
+                    f"{where}: {name} axis {axis} has length {ours} in spec, but {theirs} in "
+                    "other_spec, with labels of equal sizes"
+                )

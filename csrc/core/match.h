@@ -1,0 +1,422 @@
+// Weight matching by coordinate descent: label by label the best permutation given all others is a
+// linear assignment on a sum of Gram matrices (Ainsworth et al., "Git Re-Basin", arXiv 2209.04836,
+// algorithm 1).
+//
+// Of every label's tensors there is a copy [depth, units], so that permuting the other axes only
+// picks rows of it and the Gram is one product over picked rows. A label whose neighbours have not
+// moved is passed over. Where few rows changed since the last visit their differences are added to
+// the old Gram. Assignments start from the label's last potentials.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "assign.h"
+#include "gram.h"
+#include "manifold_regime.h"
+#include "manifold_run.h"
+
+namespace weightops::match {
+
+using manifold::Team;
+
+struct Factor {
+  int64_t label, size, stride;  // label < 0: fixed
+};
+
+// Where a label stands in a tensor: its neighbouring units are `stride` apart, and each meets
+// `run` numbers that follow each other at each of the other factors' positions.
+struct Place {
+  int64_t offset, stride, run;
+  bool counts;  // in the objective, which takes one place of each tensor
+  int64_t tensor;
+  std::vector<Factor> others;
+  std::vector<int64_t> at;  // of the others' positions
+  int64_t row = 0;          // its first one in the label's copies
+
+  int64_t positions() const { return at.size(); }
+  int64_t rows() const { return positions() * run; }
+};
+
+struct Label {
+  int64_t size, depth = 0, positions = 0;
+  std::vector<Place> places;
+  std::vector<int64_t> neighbours;  // labels that share a tensor with it
+  bool repeated = false;            // twice in a tensor: scores are a linearisation
+};
+
+struct Plan {
+  std::vector<Label> labels;
+  std::vector<manifold::Range> fixed;  // numbers of tensors without labels
+
+  // As weightops/ops/match/plan.py writes it.
+  static Plan parse(const int64_t* code, int64_t count) {
+    Plan plan;
+    const int64_t* end = code + count;
+    const auto next = [&] { return code < end ? *code++ : 0; };
+    plan.labels.resize(next());
+    for (Label& label : plan.labels) label.size = next();
+    plan.fixed.resize(next());
+    for (auto& range : plan.fixed) {
+      range.begin = next();
+      range.end = next();
+    }
+    for (int64_t l = 0; l < int64_t(plan.labels.size()); ++l) {
+      Label& label = plan.labels[l];
+      label.places.resize(next());
+      for (Place& place : label.places) {
+        place.offset = next();
+        place.stride = next();
+        place.run = next();
+        place.counts = next() != 0;
+        place.tensor = next();
+        place.others.resize(next());
+        place.at = {0};
+        for (Factor& factor : place.others) {
+          factor = {next(), next(), next()};
+          std::vector<int64_t> finer;
+          for (const int64_t at : place.at)
+            for (int64_t d = 0; d < factor.size; ++d) finer.push_back(at + d * factor.stride);
+          place.at.swap(finer);
+          if (factor.label < 0) continue;
+          label.neighbours.push_back(factor.label);
+          label.repeated |= factor.label == l;
+        }
+        place.row = label.depth;
+        label.depth += place.rows();
+        label.positions += place.positions();
+      }
+    }
+    return plan;
+  }
+};
+
+// to[c][u] = from[u * stride + c]
+template <class Sum>
+void turn(const Sum* from, int64_t stride, int64_t units, int64_t columns, Sum* to) {
+  constexpr int64_t lanes = 16 / sizeof(Sum);
+  using Arithmetic = Simd<Sum, 16>;
+  int64_t u = 0;
+  for (; u + lanes <= units; u += lanes) {
+    const Sum* rows[lanes];
+    for (int64_t k = 0; k < lanes; ++k) rows[k] = from + (u + k) * stride;
+    int64_t c = 0;
+    for (; c + lanes <= columns; c += lanes) {
+      typename Arithmetic::Vector block[lanes];
+      for (int64_t k = 0; k < lanes; ++k) block[k] = Arithmetic::load(rows[k] + c);
+      Arithmetic::transpose(block);
+      for (int64_t k = 0; k < lanes; ++k) Arithmetic::store(to + (c + k) * units + u, block[k]);
+    }
+    for (; c < columns; ++c)
+      for (int64_t k = 0; k < lanes; ++k) to[c * units + u + k] = rows[k][c];
+  }
+  for (; u < units; ++u)
+    for (int64_t c = 0; c < columns; ++c) to[c * units + u] = from[u * stride + c];
+}
+
+// Copies [depth, size] of a label's tensors.
+template <class Sum>
+void copy_rows(const Label& label, const Sum* data, Sum* to) {
+  constexpr int64_t kColumns = 64;  // whose rows of the copy stay in the cache
+  for (const Place& place : label.places)
+    for (int64_t p = 0, next; p < place.positions(); p = next) {
+      // Positions that follow each other are copied at once.
+      int64_t columns = place.run;
+      for (next = p + 1; next < place.positions() && place.at[next] == place.at[p] + columns &&
+                         columns < kColumns;
+           ++next)
+        columns += place.run;
+      turn(data + place.offset + place.at[p], place.stride, label.size, columns,
+           to + (place.row + p * place.run) * label.size);
+    }
+}
+
+// What is known of one label of one network.
+template <class Sum>
+struct Side {
+  Buffer<Sum> rows;            // the copy of the network's tensors
+  std::vector<Sum> score;      // [unit of the reference, unit of the network]; empty: none yet
+  bool exact = false;          // computed at once, without additions since
+  std::vector<int64_t> taken;  // the others' positions that it was computed with
+  std::vector<int64_t> seen;   // versions of the neighbours then
+  std::vector<double> duals;
+  int64_t version = 0;  // of its permutation
+};
+
+// One network's descent towards the reference.
+template <class Sum>
+class Descent {
+ public:
+  // `references` are the copies of the reference's tensors; perms[label] is what is looked for.
+  Descent(const Plan& plan, const std::vector<const Sum*>& references, const Sum* reference,
+          const Sum* network, std::vector<int64_t*> perms, int64_t threads, const Team& team)
+      : plan_(plan),
+        references_(references),
+        perms_(std::move(perms)),
+        threads_(threads),
+        team_(team),
+        sides_(plan.labels.size()) {
+    team_(sides_.size(), [&](int64_t begin, int64_t end) {
+      for (int64_t l = begin; l < end; ++l) {
+        const Label& label = plan_.labels[l];
+        copy_rows(label, network, sides_[l].rows.get(label.depth * label.size + gram::kMargin));
+        std::iota(perms_[l], perms_[l] + label.size, 0);
+        sides_[l].exact = label.depth == 0;
+      }
+    });
+    for (const auto& range : plan_.fixed)
+      for (int64_t at = range.begin; at < range.end; ++at)
+        fixed_ += double(reference[at]) * double(network[at]);
+  }
+
+  // The inner product of the permuted network with the reference.
+  double objective() {
+    std::vector<double> sums(sides_.size());
+    team_(sides_.size(), [&](int64_t begin, int64_t end) {
+      for (int64_t l = begin; l < end; ++l)
+        for (const Place& place : plan_.labels[l].places)
+          if (place.counts) sums[l] += inner(l, place);
+    });
+    return std::accumulate(sums.begin(), sums.end(), fixed_);
+  }
+
+  // Visits every label; returns what the objective gained. `afresh`: no score that has been added
+  // to is trusted. False in `finite`: a score is not.
+  double sweep(const int64_t* order, bool afresh, bool& finite) {
+    double gained = 0;
+    for (size_t i = 0; i < sides_.size() && finite; ++i) gained += visit(order[i], afresh, finite);
+    return gained;
+  }
+
+  bool all_exact() const {
+    return std::all_of(sides_.begin(), sides_.end(),
+                       [](const Side<Sum>& side) { return side.exact; });
+  }
+
+ private:
+  double visit(int64_t l, bool afresh, bool& finite) {
+    const Label& label = plan_.labels[l];
+    if (label.depth == 0) return 0;
+    Side<Sum>& side = sides_[l];
+    std::vector<int64_t> versions;
+    for (const int64_t other : label.neighbours) versions.push_back(sides_[other].version);
+    const bool known = !side.score.empty() && (side.exact || !afresh);
+    if (known && versions == side.seen) return 0;
+    side.seen.swap(versions);
+    if (!update(l, known)) return 0;
+
+    const int64_t n = label.size;
+    std::vector<int64_t> columns(n);
+    const bool warm = !side.duals.empty();
+    side.duals.resize(n);
+    if (!assign::solve(side.score.data(), n, n, n, true, columns.data(), side.duals.data(), warm,
+                       workspace_)) {
+      finite = false;
+      return 0;
+    }
+    double gain = 0, magnitude = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      if (columns[i] == perms_[l][i]) continue;
+      const double now = side.score[i * n + columns[i]], before = side.score[i * n + perms_[l][i]];
+      gain += now - before;
+      magnitude += std::abs(now) + std::abs(before);
+    }
+    // What is less is rounding, and would be traded back and forth.
+    if (gain <= 4 * double(std::numeric_limits<Sum>::epsilon()) * magnitude) return 0;
+    const double before = label.repeated ? around(l) : 0;
+    columns.swap(kept_);
+    columns.assign(perms_[l], perms_[l] + n);
+    std::copy(kept_.begin(), kept_.end(), perms_[l]);
+    if (label.repeated) {
+      const double after = around(l);
+      gain = after - before;
+      if (gain <= 1e-12 * std::abs(before)) {
+        std::copy(columns.begin(), columns.end(), perms_[l]);
+        return 0;
+      }
+    }
+    ++side.version;
+    return gain;
+  }
+
+  // Brings a label's score up to date; returns whether it changed.
+  bool update(int64_t l, bool known) {
+    const Label& label = plan_.labels[l];
+    Side<Sum>& side = sides_[l];
+    const int64_t n = label.size;
+    std::vector<int64_t> taken;
+    taken.reserve(label.positions);
+    picked_.clear();  // changed rows, of the reference and of the network, now and before
+    replaced_.clear();
+    rows_.clear();
+    for (const Place& place : label.places) {
+      const int64_t first = taken.size();
+      take(place, taken);
+      for (int64_t p = 0; p < place.positions(); ++p) {
+        const int64_t now = taken[first + p], before = known ? side.taken[first + p] : -1;
+        if (now == before) continue;
+        for (int64_t r = 0; r < place.run; ++r) {
+          rows_.push_back(place.row + p * place.run + r);
+          picked_.push_back(place.row + now * place.run + r);
+          replaced_.push_back(place.row + before * place.run + r);
+        }
+      }
+    }
+    side.taken.swap(taken);
+    const int64_t changed = rows_.size();
+    if (known && changed == 0) return false;
+    const Sum* own = side.rows.get(0);
+    if (known && 2 * changed < label.depth) {
+      // Differences are taken a part at a time, which stays in the cache.
+      const int64_t part = std::max<int64_t>(64, (1 << 18) / n);
+      for (int64_t begin = 0; begin < changed; begin += part) {
+        const int64_t count = std::min(part, changed - begin);
+        Sum* differences = differences_.get(count * n + gram::kMargin);
+        for (int64_t k = 0; k < count; ++k) {
+          const Sum *now = own + picked_[begin + k] * n, *before = own + replaced_[begin + k] * n;
+          for (int64_t j = 0; j < n; ++j) differences[k * n + j] = now[j] - before[j];
+        }
+        std::vector<Sum>& more = more_;
+        more.resize(n * n);
+        multiply(l, rows_.data() + begin, differences, nullptr, count, more.data());
+        for (int64_t at = 0; at < n * n; ++at) side.score[at] += more[at];
+      }
+      side.exact = false;
+    } else {
+      if (!known) {
+        side.score.resize(n * n);
+      } else {
+        rows_.clear();
+        picked_.clear();
+        int64_t first = 0;
+        for (const Place& place : label.places) {
+          for (int64_t p = 0; p < place.positions(); ++p)
+            for (int64_t r = 0; r < place.run; ++r) {
+              rows_.push_back(place.row + p * place.run + r);
+              picked_.push_back(place.row + side.taken[first + p] * place.run + r);
+            }
+          first += place.positions();
+        }
+      }
+      multiply(l, nullptr, own, picked_.data(), label.depth, side.score.data());
+      side.exact = true;
+    }
+    return true;
+  }
+
+  // The numbers of the others' positions that come to each one under the present permutations.
+  void take(const Place& place, std::vector<int64_t>& numbers) const {
+    const int64_t first = numbers.size();
+    numbers.push_back(0);
+    for (const Factor& factor : place.others) {
+      const int64_t count = numbers.size() - first;
+      numbers.resize(first + count * factor.size);
+      for (int64_t k = count - 1; k >= 0; --k) {
+        const int64_t coarse = numbers[first + k] * factor.size;
+        for (int64_t d = factor.size - 1; d >= 0; --d)
+          numbers[first + k * factor.size + d] =
+              coarse + (factor.label < 0 ? d : perms_[factor.label][d]);
+      }
+    }
+  }
+
+  // to = reference's rows^T * rows, the former at `order`, the latter at `picked`.
+  void multiply(int64_t l, const int64_t* order, const Sum* rows, const int64_t* picked,
+                int64_t depth, Sum* to) {
+    using product::Kind;
+    using product::Lies;
+    const int64_t n = plan_.labels[l].size;
+    if (n <= kNarrow) return gram::run<Sum>({references_[l], rows, order, picked, depth, n, to});
+    manifold::BasesJob<Sum> job{};
+    job.product.left = {references_[l], Kind::same, Lies::across, n};
+    job.product.left.order = order;
+    job.product.right = {rows, Kind::same, Lies::across, n};
+    job.product.right.order = picked;
+    job.product.depths = {depth};
+    job.rows = job.columns = n;
+    job.to = to;
+    job.kind = Kind::same;
+    job.bases = 1;
+    const bool small = n * n * depth < kSmall;
+    const Team alone = [](int64_t count, const auto& f) { f(0, count); };
+    manifold::run_best<manifold::Runner, Sum>(job, manifold::parts_available(3),
+                                              small ? 1 : threads_, small ? alone : team_, [] {});
+  }
+
+  double inner(int64_t l, const Place& place) {
+    const int64_t n = plan_.labels[l].size;
+    const int64_t* perm = perms_[l];
+    const Sum *reference = references_[l], *own = sides_[l].rows.get(0);
+    std::vector<int64_t> numbers;
+    take(place, numbers);
+    double total = 0;
+    for (int64_t p = 0; p < place.positions(); ++p)
+      for (int64_t r = 0; r < place.run; ++r) {
+        const Sum* ours = reference + (place.row + p * place.run + r) * n;
+        const Sum* theirs = own + (place.row + numbers[p] * place.run + r) * n;
+        double sums[4] = {};  // one alone would wait for itself
+        int64_t j = 0;
+        for (; j + 4 <= n; j += 4)
+          for (int64_t k = 0; k < 4; ++k)
+            sums[k] += double(ours[j + k]) * double(theirs[perm[j + k]]);
+        for (; j < n; ++j) sums[0] += double(ours[j]) * double(theirs[perm[j]]);
+        total += sums[0] + sums[1] + sums[2] + sums[3];
+      }
+    return total;
+  }
+
+  // The objective's share of the tensors that a label stands in.
+  double around(int64_t l) {
+    double total = 0;
+    int64_t last = -1;
+    for (const Place& place : plan_.labels[l].places) {
+      if (place.tensor != last) total += inner(l, place);
+      last = place.tensor;
+    }
+    return total;
+  }
+
+  static constexpr int64_t kNarrow = 64;      // products whose packing would cost as much
+  static constexpr int64_t kSmall = 1 << 24;  // products not worth another thread
+
+  const Plan& plan_;
+  const std::vector<const Sum*>& references_;
+  std::vector<int64_t*> perms_;
+  int64_t threads_;
+  const Team& team_;
+  std::vector<Side<Sum>> sides_;
+  double fixed_ = 0;
+  assign::Workspace<Sum> workspace_;
+  Buffer<Sum> differences_;
+  std::vector<Sum> more_;
+  std::vector<int64_t> rows_, picked_, replaced_, kept_;
+};
+
+// Descends until a sweep over exact scores changes nothing, or `sweeps` are done; writes the
+// objective before and after each into history[k * stride] and returns how many there were, or -1
+// where numbers are not finite. order is [sweeps, labels].
+template <class Sum>
+int64_t descend(Descent<Sum>& descent, const int64_t* order, int64_t labels, int64_t sweeps,
+                double* history, int64_t stride) {
+  double objective = descent.objective();
+  history[0] = objective;
+  bool finite = std::isfinite(objective), afresh = false;
+  int64_t done = 0;
+  while (finite && done < sweeps) {
+    const double gained = descent.sweep(order + done * labels, afresh, finite);
+    ++done;
+    objective += gained;
+    history[done * stride] = objective;
+    if (gained != 0) {
+      afresh = false;
+    } else {
+      if (descent.all_exact()) break;
+      afresh = true;
+    }
+  }
+  if (!finite) return -1;
+  history[done * stride] = descent.objective();
+  return done;
+}
+
+}  // namespace weightops::match

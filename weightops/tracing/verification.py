@@ -1,0 +1,131 @@
+"""Proof by experiment that a spec's permutations leave a model's function as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weightops import _check
+from weightops.ops.permute import permute
+from weightops.spec import WeightSpec
+from weightops.tracing._faults import Fault, find_fault
+from weightops.tracing._probe import Network, Probe
+
+
+class VerificationError(ValueError):
+    """A spec's permutations change the model's function.
+
+    Attributes:
+        label: the label at fault, ``None`` where no label alone is.
+        tensor: the tensor at fault, ``None`` where no change of a single one mends it.
+        axis: its axis.
+    """
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(f"verify: {fault.text}")
+        self.label, self.tensor, self.axis = fault.label, fault.tensor, fault.axis
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :func:`verify` saw.
+
+    Attributes:
+        moved: share of the weights that a permutation moved.
+        error: the largest change of an output or gradient, relative to the largest entry.
+        labels: how many labels were permuted (those longer than one).
+    """
+
+    moved: float
+    error: float
+    labels: int
+
+
+def verify(
+    spec: WeightSpec,
+    model: nn.Module,
+    *inputs: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    trials: int = 2,
+    rtol: float = 1e-9,
+) -> Verification:
+    """Show that permuting a model's weights as ``spec`` says changes nothing but their order.
+
+    A float64 copy of the model runs in eval mode at random permutations of all labels at once: every
+    floating output must stay as it is, and the gradients of a random functional of the outputs must
+    be permuted like the weights. The weights of the copy get noise of a tenth of their size first,
+    and zeros become small numbers: at initialisation biases are all zero and norms all one, where
+    a wrong spec could not show. Buffers get it too where all their entries are equal; other buffers
+    (tables of constants) are taken as they are. Casts to a lower precision inside the model are
+    left out. Success clears ``spec.unverified``.
+
+    Args:
+        spec: the spec to prove.
+        model: the architecture; it is copied, and neither its weights nor its mode change.
+        inputs: the model's inputs; floating ones are cast to float64.
+        kwargs: further inputs by name.
+        seed: of the noise and of the permutations.
+        trials: random draws of both.
+        rtol: largest change that passes, relative to the largest entry of an output, or of the
+            gradient.
+
+    Raises:
+        VerificationError: the function changes; names the label and, where one change of the spec
+            mends it, the tensor and axis at fault.
+        ValueError: the spec has no label longer than one, is not one of this model, or the model
+            does not run, is random, or has no floating, finite output that depends on its weights.
+        TypeError: an argument has the wrong type.
+    """
+    if not isinstance(spec, WeightSpec):
+        raise TypeError(f"verify: spec must be a WeightSpec, not {_check.describe(spec)}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"verify: model must be a module, not {_check.describe(model)}")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(f"verify: kwargs must map names to inputs, not {_check.describe(kwargs)}")
+    _check.count("verify", "trials", trials)
+    _check.count("verify", "seed", seed, 0)
+    _check.number("verify", "rtol", rtol, 0, 1)
+    labels = {label: size for label, size in spec.labels.items() if size > 1}
+    if not labels:
+        raise ValueError("verify: the spec has no permutable axis, so there is nothing to prove")
+
+    generator = torch.Generator().manual_seed(seed)
+    network = Network(spec, model, inputs, kwargs or {})
+    moved = torch.zeros(spec.numel, dtype=torch.bool, device=network.row.device)
+    worst = 0.0
+    for trial in range(trials):
+        probe = Probe(network, network.generic_row(generator))
+        if not trial and (again := probe.error_at(probe.row, spec, {}, gradients=False)) > rtol:
+            raise ValueError(
+                f"verify: model is random in eval mode: run twice, it differs by {again:.1e}"
+            )
+        perms = {
+            label: random_permutation(size, generator).to(probe.row.device)
+            for label, size in labels.items()
+        }
+        row = permute(probe.row[None], perms, spec)[0]
+        moves = row != probe.row
+        if not (moves & (probe.grads != 0)).any():
+            raise ValueError(
+                "verify: no output of the model depends on a weight that the spec moves"
+            )
+        error = probe.error_at(row, spec, perms)
+        if error > rtol:
+            raise VerificationError(find_fault(probe, spec, perms, rtol, error))
+        moved |= moves
+        worst = max(worst, error)
+    spec._set_verified()
+    return Verification(moved.sum().item() / spec.numel, worst, len(labels))
+
+
+def random_permutation(size: int, generator: torch.Generator) -> Tensor:
+    """A uniform permutation ``[size]`` other than the identity; ``size`` is at least 2."""
+    while True:
+        index = torch.randperm(size, generator=generator)
+        if not torch.equal(index, torch.arange(size)):
+            return index
