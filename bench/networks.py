@@ -20,9 +20,7 @@ FOLDER = Path(__file__).parent.parent / "build" / "networks"
 def mlp() -> nn.Module:
     widths = (784, 512, 512, 512)
     layers = [
-        layer
-        for into, out in pairwise(widths)
-        for layer in (nn.Linear(into, out), nn.ReLU())
+        layer for into, out in pairwise(widths) for layer in (nn.Linear(into, out), nn.ReLU())
     ]
     return nn.Sequential(nn.Flatten(), *layers, nn.Linear(512, 10))
 

@@ -218,16 +218,23 @@ def test_parts_move_as_those_before_them_grow() -> None:
 def test_parts_of_unequal_widths_correspond() -> None:
     ours, theirs = parts_spec(4, 6), parts_spec(7, 3)
     generator = torch.Generator().manual_seed(6)
-    large = {"qv": torch.randn(13, 9, generator=generator), "out": torch.randn(5, 13, generator=generator)}
+    large = {
+        "qv": torch.randn(13, 9, generator=generator),
+        "out": torch.randn(5, 13, generator=generator),
+    }
     q, v = torch.randperm(7, generator=generator)[:4], torch.randperm(6, generator=generator)[:3]
-    reference = ours.flatten({
-        "qv": large["qv"][torch.cat([q, torch.arange(7, 13)])],
-        "out": large["out"][:, torch.cat([q, torch.arange(7, 13)])],
-    })
-    flat = theirs.flatten({
-        "qv": large["qv"][torch.cat([torch.arange(7), 7 + v])],
-        "out": large["out"][:, torch.cat([torch.arange(7), 7 + v])],
-    })
+    reference = ours.flatten(
+        {
+            "qv": large["qv"][torch.cat([q, torch.arange(7, 13)])],
+            "out": large["out"][:, torch.cat([q, torch.arange(7, 13)])],
+        }
+    )
+    flat = theirs.flatten(
+        {
+            "qv": large["qv"][torch.cat([torch.arange(7), 7 + v])],
+            "out": large["out"][:, torch.cat([torch.arange(7), 7 + v])],
+        }
+    )
     found = match_partial(ours, reference[0], theirs, flat)
     assert torch.equal(found.units["q"][0], q)
     assert torch.equal(found.units["v"][0], v)
@@ -239,7 +246,7 @@ def test_an_unverified_spec_is_warned_of_and_stays_unverified() -> None:
     mlp = testing.mlp_spec(9, 8, 7, 4)
     guess = weightops.WeightSpec(mlp.axes, mlp.shapes, unverified=True)
     with pytest.warns(UserWarning, match="widen: spec was traced and never verified"):
-        wider, flat = widen(guess, torch.ones(1, mlp.numel), sizes={"h1": 9})
+        wider = widen(guess, torch.ones(1, mlp.numel), sizes={"h1": 9})[0]
     assert wider.unverified
     with pytest.warns(UserWarning, match="match_partial: spec was traced") as caught:
         match_partial(guess, torch.ones(mlp.numel), mlp, torch.ones(1, mlp.numel))

@@ -132,16 +132,13 @@ def match_partial(
     return PartialMatch(units, found.objective, wider, found.perms)
 
 
-def _resized(
-    spec: WeightSpec, sizes: Mapping[str, int], *, unverified: bool = False
-) -> WeightSpec:
+def _resized(spec: WeightSpec, sizes: Mapping[str, int], *, unverified: bool = False) -> WeightSpec:
     """The spec with other sizes of labels: the same tensors in the same order."""
     labels = {**spec.labels, **sizes}
     shapes = {
         name: [
             prod(
-                size if label is None else labels[label]
-                for label, size in spec.factors(name, axis)
+                size if label is None else labels[label] for label, size in spec.factors(name, axis)
             )
             for axis in range(len(shape))
         ]
@@ -173,7 +170,9 @@ def _renamed_parts(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
     for name, index in slices.items():
         tensor = parse(name)[0]
         texts = [
-            ":" if each.stop is None else "{}:{}".format(*(cuts[tensor, axis][at] for at in (each.start, each.stop)))
+            ":"
+            if each.stop is None
+            else "{}:{}".format(*(cuts[tensor, axis][at] for at in (each.start, each.stop)))
             for axis, each in enumerate(index)
         ]
         renamed[name] = f"{tensor}[{', '.join(texts)}]" if texts else name
@@ -212,7 +211,9 @@ def _check_correspondence(where: str, spec: WeightSpec, other: WeightSpec) -> No
             raise ValueError(
                 f"{where}: {name} has axes {axes} in spec, but {other.axes[name]} in other_spec"
             )
-        for axis, (ours, theirs) in enumerate(zip(spec.shapes[name], other.shapes[name], strict=True)):
+        for axis, (ours, theirs) in enumerate(
+            zip(spec.shapes[name], other.shapes[name], strict=True)
+        ):
             if ours != theirs:
                 raise ValueError(
                     f"{where}: {name} axis {axis} has length {ours} in spec, but {theirs} in "
