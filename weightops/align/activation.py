@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from weightops import _check
 from weightops._progress import track
-from weightops.align import matching
 from weightops.align._places import Recorder, distinct, places
+from weightops.align.weights import match_by_weights
 from weightops.ops.assign import assign
 from weightops.ops.permute import permute, permute_axes
 from weightops.spec import WeightSpec
@@ -91,7 +91,7 @@ def match_activations(
         perms = {label: p for label, p in perms.items() if label not in rest.labels}
         rows = {label: p.repeat_interleave(checkpoints.shape[1], 0) for label, p in perms.items()}
         moved = permute(checkpoints.flatten(0, 1), rows, spec).view(flat.shape)
-        perms |= matching.match(rest, reference, moved, seed=seed).perms
+        perms |= match_by_weights(rest, reference, moved, seed=seed).perms
     return {label: perms[label].to(flat.device) for label in spec.labels}
 
 

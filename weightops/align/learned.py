@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from weightops import _check
 from weightops._progress import track
-from weightops.align import matching
 from weightops.align.activation import check_inputs
+from weightops.align.weights import match_by_weights
 from weightops.ops.assign import assign
 from weightops.ops.permute import permute
 from weightops.spec import WeightSpec
@@ -200,7 +200,7 @@ class _Problem:
         return {k: p.to(self.start.device) for k, p in self.spec.identity(len(self.start)).items()}
 
     def match(self, reference: Tensor, flat: Tensor) -> Perms:
-        return matching.match(self.spec, reference, flat, seed=self.seed).perms
+        return match_by_weights(self.spec, reference, flat, seed=self.seed).perms
 
     def losses(self, rows: Tensor, index: Tensor) -> Tensor:
         """``[N]``: the loss half way from the reference to each network, on some inputs."""

@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from weightops import _check
-from weightops.align._arguments import check_spec, is_statistic
-from weightops.ops.match import match_weights, plan
+from weightops.align._arguments import check_spec
+from weightops.align.activation import match_activations
+from weightops.align.learned import match_sinkhorn, match_straight_through
+from weightops.align.weights import Match, match_by_weights, objective, weights_of
 from weightops.spec import WeightSpec
 
-METHODS = ("weight",)
-
-
-@dataclass(frozen=True)
-class Match:
-    """What :func:`match` found.
-
-    Attributes:
-        perms: label -> int64 ``[N, size]``; ``permute(flat, perms, spec)`` is the aligned networks.
-        objective: ``[N]`` float64, the inner product of each aligned network with the reference.
-        history: ``[sweeps + 1, N]`` float64, the objective before and after each sweep.
-    """
-
-    perms: dict[str, Tensor]
-    objective: Tensor
-    history: Tensor
+METHODS = ("weight", "activation", "straight-through", "sinkhorn")
+LEARNED = {"straight-through": match_straight_through, "sinkhorn": match_sinkhorn}
+OPTIONS = {
+    "weight": (),
+    "activation": ("statistic", "batch_size", "progress"),
+    **dict.fromkeys(LEARNED, ("steps", "learning_rate", "batch_size", "loss", "progress")),
+}
 
 
 def match(
@@ -40,52 +33,92 @@ def match(
     seed: int = 0,
     tensors: Sequence[str] | None = None,
     max_sweeps: int = 100,
+    model: nn.Module | None = None,
+    inputs: Tensor | tuple[Tensor, ...] | None = None,
+    targets: Tensor | None = None,
+    **options: Any,
 ) -> Match:
-    """Permute networks towards a reference: maximise ``<reference, P(flat[n])>`` for each n.
+    """Permute networks towards a reference network.
 
-    Weight matching by coordinate descent (Git Re-Basin, algorithm 1): label by label, in random
-    order, the best permutation given all others is a linear assignment on a sum of Gram matrices.
-    All networks are matched at once. Ends when a sweep changes none, at a local optimum.
+    ``"weight"`` maximises ``<reference, P(flat[n])>`` for each n by coordinate descent (Git Re-Basin,
+    algorithm 1): label by label, in random order, the best permutation given all others is a linear
+    assignment on a sum of Gram matrices. All networks are matched in one call. Ends at a local
+    optimum, when a sweep changes nothing.
+
+    ``"activation"`` matches units that do the same on ``inputs``
+    (:func:`weightops.align.activation.match_activations`: ``statistic``, ``batch_size``).
+    ``"straight-through"`` and ``"sinkhorn"`` start from the weights' match and lower the loss half way
+    to the reference (:mod:`weightops.align.learned`: ``steps``, ``learning_rate``, ``batch_size``,
+    ``loss``). All three take ``progress``.
 
     Args:
-        spec: axes and layout of one network.
-        reference: the network ``[P]`` to align to; or T networks ``[T, P]``, such as the
-            checkpoints of one training.
+        spec: axes and layout of one network. A traced spec that was not verified gives a warning.
+        reference: the network ``[P]`` to align to; or, except for learned methods, T networks
+            ``[T, P]``, such as the checkpoints of one training.
         flat: networks ``[N, P]`` to align, of the same floating dtype; with ``[T, P]`` references
             ``[N, T, P]``, whose T networks get one permutation, at the best sum over all T.
-        method: ``"weight"``.
-        seed: of the order in which labels are visited.
+        method: ``"weight"``, ``"activation"``, ``"straight-through"`` or ``"sinkhorn"``.
+        seed: of the order in which labels are visited, and of batches.
         tensors: names that count in the objective; by default all but batch norm's running
-            statistics, whose size has nothing to do with the weights'.
-        max_sweeps: give up after so many sweeps over the labels.
+            statistics, whose size has nothing to do with the weights'. For ``"weight"``.
+        max_sweeps: give up after so many sweeps over the labels. For ``"weight"``.
+        model: the architecture, for all other methods; it is copied and does not change.
+        inputs: its inputs ``[B, ...]``, or a tuple of such tensors.
+        targets: ``[B, ...]``, for learned methods.
+        options: of the method, as above.
 
     Raises:
         ValueError: shapes, devices or names do not fit, or a weight is not finite.
-        TypeError: an argument has the wrong type or dtype.
+        TypeError: an argument has the wrong type or dtype, is missing, or is not the method's.
     """
     counted = _check_arguments(spec, reference, flat, method, seed, tensors, max_sweeps)
-    ours, theirs = (t.detach() for t in (reference, flat))
-    if ours.dim() == 1:
-        ours, theirs = ours[None], theirs[:, None]
-    if ours.dtype not in (torch.float32, torch.float64):
-        ours, theirs = ours.float(), theirs.float()
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(max_sweeps, len(spec.labels), generator=generator).argsort(1)
-    try:
-        found, history, sweeps = match_weights(
-            ours.cpu(), theirs.cpu(), plan(spec, counted, len(ours)), order
+    _check_method(method, tensors, model, inputs, targets, options)
+    if method == "weight":
+        return match_by_weights(
+            spec, reference, flat, seed=seed, counted=counted, max_sweeps=max_sweeps
         )
-    except RuntimeError:
-        _check.finite("match", "reference", reference)
-        _check.finite("match", "flat", flat)
-        raise
-    sizes = list(spec.labels.values())
-    perms = dict(zip(spec.labels, found.to(flat.device).split(sizes, 1), strict=True))
-    last = int(sweeps.max()) if len(sweeps) else 0
-    # Networks that were done earlier stay where they were.
-    history = history[: last + 1].gather(0, torch.arange(last + 1)[:, None].minimum(sweeps))
-    history = history.to(flat.device)
-    return Match(perms, history[-1], history)
+    _check.finite("match", "reference", reference)
+    _check.finite("match", "flat", flat)
+    assert model is not None
+    assert inputs is not None
+    if method == "activation":
+        perms = match_activations(spec, reference, flat, model, inputs, seed=seed, **options)
+        ends = [objective(spec, reference, flat, each, counted) for each in ({}, perms)]
+        return Match(perms, ends[1], torch.stack(ends))
+    if reference.dim() != 1:
+        raise ValueError(
+            f"match: reference must have shape [P] for method {method!r}, not {list(reference.shape)}"
+        )
+    assert targets is not None
+    perms, losses = LEARNED[method](
+        spec, reference, flat, model, inputs, targets, seed=seed, **options
+    )
+    return Match(perms, objective(spec, reference, flat, perms, counted), losses)
+
+
+def _check_method(
+    method: str,
+    tensors: Sequence[str] | None,
+    model: Any,
+    inputs: Any,
+    targets: Any,
+    options: dict[str, Any],
+) -> None:
+    needed = {"weight": (), "activation": ("model", "inputs")}.get(
+        method, ("model", "inputs", "targets")
+    )
+    for name, value in (("model", model), ("inputs", inputs), ("targets", targets)):
+        if name in needed and value is None:
+            raise TypeError(f"match: method {method!r} needs {name}")
+        if name not in needed and value is not None:
+            raise TypeError(f"match: method {method!r} takes no {name}")
+    if tensors is not None and method != "weight":
+        raise TypeError(f"match: method {method!r} takes no tensors")
+    for name in options:
+        if name not in OPTIONS[method]:
+            raise TypeError(
+                f"match: method {method!r} has options {list(OPTIONS[method])}, not {name!r}"
+            )
 
 
 def _check_arguments(
@@ -118,7 +151,7 @@ def _check_arguments(
     _check.count("match", "max_sweeps", max_sweeps)
     _check.count("match", "seed", seed, least=0)
     if tensors is None:
-        return [name for name in spec.shapes if not is_statistic(name)]
+        return weights_of(spec)
     if not tensors:
         raise ValueError("match: tensors is empty, so nothing would count")
     for name in tensors:
