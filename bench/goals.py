@@ -27,6 +27,7 @@ GOALS: dict[str, tuple[float | None, float | None]] = {
         for batch in (32, 512, 4096)
         for passes in ("forward", "forward+backward")
     },
+    "universe gradient 8 x MLP 784-512x3-10": (None, 5.0),
     "manifold per-sample 1024->1024 B=512 K=3 bfloat16 forward": (None, 1.0),
     "manifold per-sample 1024->1024 B=1 K=9 forward": (1.2, None),
     "manifold synthesize 25,600,000 weights K=3 G=1": (1.1, None),
