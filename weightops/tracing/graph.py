@@ -55,15 +55,17 @@ class Part:
     @property
     def name(self) -> str:
         """As the spec writes it: ``"w"``, ``"w[0:64]"``, ``"w[:, 64:96]"``."""
-        slices = [self.slice(axis) or ":" for axis in range(len(self.shape))]
-        while slices and slices[-1] == ":":
-            slices.pop()
-        return f"{self.tensor}[{', '.join(slices)}]" if slices else self.tensor
+        return self.tensor + self.slices(len(self.shape))
 
-    def slice(self, axis: int) -> str:
-        """Where the part lies on an axis, empty if it is all of it."""
-        start, stop = self.bounds[axis]
-        return "" if (start, stop) == (0, self.shape[axis]) else f"{start}:{stop}"
+    def slices(self, axes: int) -> str:
+        """Where the part lies on the first ``axes`` axes, empty if it is all of them."""
+        listed = [
+            ":" if bound == (0, length) else f"{bound[0]}:{bound[1]}"
+            for bound, length in zip(self.bounds[:axes], self.shape, strict=False)
+        ]
+        while listed and listed[-1] == ":":
+            listed.pop()
+        return f"[{', '.join(listed)}]" if listed else ""
 
 
 @dataclass(frozen=True)
