@@ -155,13 +155,15 @@ def _factors(labels: Labels, axis: Axis) -> Factors | None:
     """A product as the spec has it, neighbouring fixed factors as one; ``None`` if it is none."""
     found: list[tuple[int | None, int]] = []
     for atom in labels.atoms(axis):
-        if labels.is_sum(atom):
+        if labels.is_fixed((atom,)):
+            found.append((None, labels.size(atom)))
+        elif labels.is_sum(atom):
             parts = [_factors(labels, segment) for segment in labels.segments((atom,))]
             if parts[0] is None or any(part != parts[0] for part in parts):
                 return None
             found += [(None, len(parts)), *parts[0]]
         else:
-            found.append((None if labels.is_fixed((atom,)) else atom, labels.size(atom)))
+            found.append((atom, labels.size(atom)))
     merged: list[tuple[int | None, int]] = []
     for fixed, group in groupby(found, lambda factor: factor[0] is None):
         listed = list(group)
@@ -219,10 +221,12 @@ def _tie_inner_sums(labels: Labels, segment: Axis) -> None:
     for atom in labels.atoms(segment):
         if labels.is_sum(atom) and _factors(labels, (atom,)) is None:
             first, *others = labels.segments((atom,))
+            for each in (first, *others):
+                _tie_inner_sums(labels, each)
             if all(labels.length(first) == labels.length(other) for other in others):
                 for other in others:
                     labels.unite(first, other)
-            else:
+            if _factors(labels, (atom,)) is None:
                 labels.fix((atom,), "unequal parts inside a product")
 
 
