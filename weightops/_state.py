@@ -35,10 +35,10 @@ def read_state(
             raise ValueError(
                 f"{where}: {key} has shape {list(given[key].shape)}, {spec} {list(shape)}"
             )
-    known = {_storage(given[key]) for key in wholes}
+    known = {storage(given[key]) for key in wholes}
     for key, tensor in given.items():
         counted = isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex())
-        if key not in wholes and counted and _storage(tensor) not in known:
+        if key not in wholes and counted and storage(tensor) not in known:
             raise ValueError(f"{where}: {name} has a tensor {key!r}, which the spec lacks")
     return {
         key: given[tensor] if index is None else given[tensor][index]
@@ -46,5 +46,6 @@ def read_state(
     }
 
 
-def _storage(tensor: Tensor) -> tuple:
+def storage(tensor: Tensor) -> tuple:
+    """The same for tensors that share their memory (tied weights)."""
     return tensor.data_ptr(), tuple(tensor.shape)

@@ -87,8 +87,13 @@ def manifold(x: Tensor, coeffs: Tensor, weight: Tensor, *, index: Tensor | None 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m weightops.info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="machine-readable")
+    show(as_json=parser.parse_args().json)
+
+
+def show(*, as_json: bool) -> None:
+    """Print :func:`collect`."""
     facts = collect()
-    if parser.parse_args().json:
+    if as_json:
         print(json.dumps(facts, indent=2))
         return
     print(f"weightops {facts['weightops']}, torch {facts['torch']}, Python {facts['python']}")

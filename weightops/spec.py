@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from weightops import _check
 from weightops._axes import Axis, read_labels, read_tensors
+from weightops._git_rebasin import read_dictionary
 from weightops._parts import Place, read_places
 from weightops._state import read_state
 
@@ -405,6 +406,32 @@ class WeightSpec:
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"from_json: text is not a WeightSpec: {error!r}") from None
         return cls(axes, shapes, sizes=sizes, unverified=unverified)
+
+    @classmethod
+    def from_git_rebasin(
+        cls,
+        permutations: Any,
+        shapes: nn.Module | Mapping[str, Tensor] | Mapping[str, Sequence[int]],
+    ) -> WeightSpec:
+        """The spec that a dictionary of Git Re-Basin (Ainsworth et al., arXiv 2209.04836) means.
+
+        Published dictionaries have faults, so the spec is ``unverified``.
+
+        Args:
+            permutations: ``axes_to_perm`` (tensor -> per axis a permutation's name or ``None``),
+                ``perm_to_axes`` (permutation -> list of (tensor, axis)), or a ``PermutationSpec``.
+            shapes: a module, a state dict, or tensor -> shape; floating tensors that
+                ``permutations`` lacks are fixed. The order of the layout.
+
+        A matrix whose axis is a multiple of the permutation's size reads a flattened
+        ``[channel, height, width]`` map: the axis becomes ``(permutation, None)``.
+
+        Raises:
+            ValueError: a permutation is given for a tensor or an axis that does not exist, or has
+                several sizes.
+            TypeError: an argument has the wrong type.
+        """
+        return cls(*read_dictionary(permutations, shapes), unverified=True)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, WeightSpec):

@@ -354,6 +354,13 @@ def test_models_that_prove_nothing_are_refused(call: Any, text: str) -> None:
         verify(spec_of(model, {"w": ("h",)}), model, torch.ones(2))
 
 
+def test_models_that_cannot_be_copied_are_refused() -> None:
+    model = mlp()
+    model[0].computed = 2 * model[0].weight  # as the weight norm of old keeps it
+    with pytest.raises(ValueError, match=r"^verify: model can't be copied .*graph leaves"):
+        verify(spec_of(model, MLP), model, X)
+
+
 def test_specs_that_move_nothing_that_counts_are_refused() -> None:
     model = mlp()
     for labels in ({}, {"0.weight": (None, None)}):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
+from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -41,7 +42,10 @@ class Network:
         self, spec: WeightSpec, model: nn.Module, inputs: tuple, kwargs: Mapping[str, Any]
     ) -> None:
         self.spec = spec
-        self.model = copy.deepcopy(model).double().eval().requires_grad_()
+        try:
+            self.model = copy.deepcopy(model).double().eval().requires_grad_()
+        except Exception as error:
+            raise ValueError(f"verify: model can't be copied to float64: {error}") from error
         self.inputs = tree_map(_double, (inputs, dict(kwargs)))
         self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
         spec._state("verify", "model", self.model)
@@ -56,12 +60,12 @@ class Network:
         """
         row = self.row.clone()
         for name, view in self.spec.unflatten(row).items():
-            noise = 2 * torch.rand(view.shape, dtype=row.dtype, generator=generator).to(row) - 1
+            noise = 0.2 * torch.rand(view.shape, generator=generator).to(row) - 0.1
             if self.spec._places[name][0] not in self.parameters:
                 if view.numel() and (view != view.flatten()[0]).any():
                     continue
                 noise = noise.abs()  # variances
-            view.copy_(torch.where(view == 0, 0.1 * noise, view * (1 + 0.1 * noise)))
+            view.copy_(torch.where(view == 0, noise, view * (1 + noise)))
         return row
 
     def __call__(
@@ -119,28 +123,39 @@ class Probe:
             raise ValueError("verify: model has no floating output to compare")
         for n, out in enumerate(self.outputs):
             _check.finite("verify", f"output {n} of the model", out)
-        if grads is None or not grads.any():
+        self.steepest = 0.0 if grads is None else grads.abs().max().item()
+        if grads is None or not self.steepest:
             raise ValueError("verify: no output of the model has a gradient by its weights")
-        _check.finite("verify", "the gradient of the outputs", grads)
+        if not isfinite(self.steepest):
+            raise ValueError("verify: a gradient of the outputs is not finite")
         self.grads = grads
 
     def error(self, spec: WeightSpec, perms: Permutations, *, gradients: bool = True) -> float:
-        """The largest change of an output or a gradient, over the largest entry of its kind."""
-        moved, expected = permute(torch.stack([self.row, self.grads]), perms, spec)
-        outputs, grads = self.network(moved, gradients=gradients)
+        """How far permuting by ``perms`` as ``spec`` says changes the network."""
+        row = permute(self.row[None], perms, spec)[0]
+        return self.error_at(row, spec, perms, gradients=gradients)
+
+    def error_at(
+        self, row: Tensor, spec: WeightSpec, perms: Permutations, *, gradients: bool = True
+    ) -> float:
+        """The largest change of an output or a gradient at ``row``, over the largest entry of its kind."""
+        outputs, grads = self.network(row, gradients=gradients)
         if len(outputs) != len(self.outputs):
-            return float("inf")
-        pairs = list(zip(outputs, self.outputs, strict=True))
+            return inf
+        errors = [
+            _distance(given, due) / (due.abs().max().item() or 1.0)
+            for given, due in zip(outputs, self.outputs, strict=True)
+            if due.numel()
+        ]
         if gradients:
-            pairs.append((torch.zeros_like(expected) if grads is None else grads, expected))
-        return max(_relative(given, due) for given, due in pairs)
+            expected = permute(self.grads[None], perms, spec)[0]
+            missing = torch.zeros_like(expected) if grads is None else grads
+            errors.append(_distance(expected, missing) / self.steepest)
+        return max((error if isfinite(error) else inf for error in errors), default=0.0)
 
 
-def _relative(given: Tensor, due: Tensor) -> float:
-    if not due.numel():
-        return 0.0
-    error = ((given - due).abs().max() / (due.abs().max().item() or 1.0)).item()
-    return error if error == error else float("inf")
+def _distance(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs_().max().item()
 
 
 def _double(value: Any) -> Any:
