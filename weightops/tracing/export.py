@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,17 +27,20 @@ def export(
     with _quiet(), _evaluating(model):
         try:
             program = torch.export.export(model, inputs, dict(kwargs))
-            table = torch.export.default_decompositions()
-            for op in list(table):
-                if find_rule(op):
-                    del table[op]
-            return program.run_decompositions(table)
+            return program.run_decompositions(dict(_decompositions()))
         except Exception as error:
             message = next(filter(None, str(error).splitlines()), type(error).__name__)
             raise ValueError(
                 f"{where}: torch.export can't export {type(model).__name__}"
                 f"{_place(model, error)}: {message}"
             ) from error
+
+
+@cache
+def _decompositions() -> dict[Any, Any]:
+    """Those of ops without a rule of their own."""
+    table = torch.export.default_decompositions()
+    return {op: decomposition for op, decomposition in table.items() if not find_rule(op)}
 
 
 @contextmanager

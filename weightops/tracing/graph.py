@@ -55,15 +55,17 @@ class Part:
     @property
     def name(self) -> str:
         """As the spec writes it: ``"w"``, ``"w[0:64]"``, ``"w[:, 64:96]"``."""
-        slices = [self.slice(axis) or ":" for axis in range(len(self.shape))]
-        while slices and slices[-1] == ":":
-            slices.pop()
-        return f"{self.tensor}[{', '.join(slices)}]" if slices else self.tensor
+        return self.tensor + self.slices(len(self.shape))
 
-    def slice(self, axis: int) -> str:
-        """Where the part lies on an axis, empty if it is all of it."""
-        start, stop = self.bounds[axis]
-        return "" if (start, stop) == (0, self.shape[axis]) else f"{start}:{stop}"
+    def slices(self, axes: int) -> str:
+        """Where the part lies on the first ``axes`` axes, empty if it is all of them."""
+        listed = [
+            ":" if bound == (0, length) else f"{bound[0]}:{bound[1]}"
+            for bound, length in zip(self.bounds[:axes], self.shape, strict=False)
+        ]
+        while listed and listed[-1] == ":":
+            listed.pop()
+        return f"[{', '.join(listed)}]" if listed else ""
 
 
 @dataclass(frozen=True)
@@ -153,13 +155,15 @@ def _factors(labels: Labels, axis: Axis) -> Factors | None:
     """A product as the spec has it, neighbouring fixed factors as one; ``None`` if it is none."""
     found: list[tuple[int | None, int]] = []
     for atom in labels.atoms(axis):
-        if labels.is_sum(atom):
+        if labels.is_fixed((atom,)):
+            found.append((None, labels.size(atom)))
+        elif labels.is_sum(atom):
             parts = [_factors(labels, segment) for segment in labels.segments((atom,))]
             if parts[0] is None or any(part != parts[0] for part in parts):
                 return None
             found += [(None, len(parts)), *parts[0]]
         else:
-            found.append((None if labels.is_fixed((atom,)) else atom, labels.size(atom)))
+            found.append((atom, labels.size(atom)))
     merged: list[tuple[int | None, int]] = []
     for fixed, group in groupby(found, lambda factor: factor[0] is None):
         listed = list(group)
@@ -217,10 +221,12 @@ def _tie_inner_sums(labels: Labels, segment: Axis) -> None:
     for atom in labels.atoms(segment):
         if labels.is_sum(atom) and _factors(labels, (atom,)) is None:
             first, *others = labels.segments((atom,))
+            for each in (first, *others):
+                _tie_inner_sums(labels, each)
             if all(labels.length(first) == labels.length(other) for other in others):
                 for other in others:
                     labels.unite(first, other)
-            else:
+            if _factors(labels, (atom,)) is None:
                 labels.fix((atom,), "unequal parts inside a product")
 
 

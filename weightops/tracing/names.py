@@ -37,8 +37,8 @@ def name_labels(
     for choose in (_output, _first_unnamed, _all):
         for part in parts:
             for axis in choose(model, part, names):
-                factors, cut = part.factors[axis], part.slice(axis)
-                stem = _base(part.tensor) + (f"[{cut}]" if cut else "")
+                factors = part.factors[axis]
+                stem = _base(part.tensor) + part.slices(axis + 1)
                 stem += f".axis{axis}" if choose is _all else ""
                 several = sum(atom is not None for atom, _ in factors) > 1
                 for position, (atom, _) in enumerate(factors):
