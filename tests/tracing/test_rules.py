@@ -45,6 +45,7 @@ KEPT: dict[str, Callable[[Any, Tensor], Tensor]] = {
         [x.clone().index_fill_(1, torch.tensor([1]), 0.0)]
     ),
     "gathered elsewhere": lambda m, x: x.gather(1, torch.zeros(2, 3, 6, dtype=torch.int64)),
+    "windows elsewhere": lambda m, x: x.unfold(1, 2, 2).sum(-1),
     "no gradient": lambda m, x: x * torch.no_grad()(torch.sigmoid)(x),
     "complex": lambda m, x: torch.fft.fft(x, dim=1).abs(),
 }
@@ -62,6 +63,7 @@ FROZEN: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "every other": lambda m, x: torch.cat([x[..., ::2], x[..., 1::2]], -1),
     "an unknown op": lambda m, x: torch.linalg.pinv(x).mT,
     "masked": lambda m, x: x.masked_fill(torch.tensor([0, 1, 0, 0, 0, 0], dtype=torch.bool), 0.0),
+    "windows": lambda m, x: x.unfold(2, 2, 2).flatten(2),
     "triangular": lambda m, x: x.tril(),
 }
 

@@ -237,13 +237,13 @@ def _ordered(walk: Walk, node: fx.Node, args: SimpleNamespace) -> Value:
         walk.labels.fix(axes[dim], "its order counts")
 
     def result(shape: Sequence[int]) -> Axes:
-        if len(shape) != len(axes):
-            kept = [axis for dim, axis in enumerate(axes) if dim not in dims]
-            rest = [walk.labels.fixed(n, "ordered") for n in shape[len(kept) :]]
-            return (*kept, *rest)
+        kept = [None if dim in dims else axis for dim, axis in enumerate(axes)]
+        if name == "diagonal":
+            kept = [axis for axis in kept if axis is not None]
+        kept += [None] * (len(shape) - len(kept))
         return tuple(
-            walk.labels.fixed(n, "ordered") if dim in dims else axis
-            for dim, (axis, n) in enumerate(zip(axes, shape, strict=True))
+            walk.labels.fixed(n, "its order counts") if axis is None else axis
+            for axis, n in zip(kept, shape, strict=True)
         )
 
     return walk.map_shapes(node, result)
