@@ -17,9 +17,10 @@ $(VENV)/ready: constraints.txt
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt setuptools wheel cmake ninja pybind11 build \
 		numpy scipy rich matplotlib mlxtend scikit-learn lapx nfn einops safetensors triton \
-		pytest pytest-benchmark hypothesis expecttest ruff mypy clang-format pre-commit
-	# Without torchvision, whose wheels load only into the torch that they were built with (bench/condconv.py).
-	$(BIN)/pip install -q -c constraints.txt --no-deps timm
+		pytest pytest-benchmark hypothesis expecttest ruff mypy clang-format pre-commit graphviz tqdm
+	# timm without torchvision, whose wheels load only into the torch that they were built with
+	# (bench/condconv.py), and rebasin, whose dependencies would bring a torch of their own.
+	$(BIN)/pip install -q -c constraints.txt --no-deps timm rebasin torchview
 	touch $@
 
 $(VENV)/built: $(VENV)/ready $(SOURCES)

@@ -27,7 +27,12 @@ from goals import (
 FLOORS = ("copy_", "clone")
 # What stands beside a problem without solving it, or solves it at another precision.
 NO_PEERS = ("weightops*", "medium-*", "read*", "write", "F.linear", *FLOORS)
-HEADINGS = {"equivariant": "Equivariant layers", "manifold": "Weight manifolds"}
+# The first word of a group -> the table it stands in.
+HEADINGS = {
+    "equivariant": "Equivariant layers",
+    "manifold": "Weight manifolds",
+    **dict.fromkeys(("match", "universe", "barrier", "trace", "verify"), "Alignment"),
+}
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,7 @@ def _floor(name: str, members: dict[str, dict]) -> float | None:
     for key in FLOORS:
         if key in members:
             return _ms(members[key])
-    return counted if name.startswith("manifold") else None
+    return counted if name.startswith(("manifold", "match", "universe")) else None
 
 
 def _best(
@@ -176,12 +181,12 @@ def _memory_rows(name: str, members: dict[str, dict]) -> list[Row]:
 
 def markdown(rows: list[Row]) -> str:
     """A table, and one under a heading of its own for each family that has one."""
-    families = {"": [row for row in rows if row.work.split()[0] not in HEADINGS]}
-    for family in HEADINGS:
-        families[family] = [row for row in rows if row.work.split()[0] == family]
+    tables: dict[str, list[Row]] = {heading: [] for heading in ("", *HEADINGS.values())}
+    for row in rows:
+        tables[HEADINGS.get(row.work.split()[0], "")].append(row)
     return "\n\n".join(
-        (f"### {HEADINGS[family]}\n\n" if family else "") + _table(members)
-        for family, members in families.items()
+        (f"### {heading}\n\n" if heading else "") + _table(members)
+        for heading, members in tables.items()
         if members
     )
 
