@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 import weightops
 from weightops import align, testing
@@ -106,101 +105,6 @@ def test_deterministic_under_a_seed() -> None:
     assert all(torch.equal(first.perms[label], second.perms[label]) for label in SPEC.labels)
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.norm = nn.Linear(6, 12), nn.BatchNorm1d(12)
-        self.fc2 = nn.Linear(12, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.norm(self.fc1(x)).relu())
-
-
-NET_SPEC = weightops.WeightSpec(
-    {
-        "fc1.weight": ("h", None),
-        "fc1.bias": ("h",),
-        **{f"norm.{name}": ("h",) for name in ("weight", "bias", "running_mean", "running_var")},
-        "fc2.weight": (None, "h"),
-        "fc2.bias": (None,),
-    },
-    {name: tuple(t.shape) for name, t in Net().state_dict().items() if t.dim()},
-)
-
-
-def networks() -> tuple[list[nn.Module], Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(8)
-    inputs = torch.randn(300, 6, generator=generator)
-    targets = inputs[:, :4].argmax(1)
-    models: list[nn.Module] = []
-    for seed in range(2):
-        torch.manual_seed(seed)
-        model = Net()
-        optimizer = torch.optim.Adam(model.parameters(), 0.02)
-        for _ in range(60):
-            loss = nn.functional.cross_entropy(model(inputs), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        models.append(model.eval())
-    return models, inputs, targets
-
-
-def test_barrier_follows_the_definition() -> None:
-    models, inputs, targets = networks()
-    start, end = NET_SPEC.flatten(models)
-    before = {name: t.clone() for name, t in models[0].state_dict().items()}
-    models[0].train()
-    found = align.barrier(
-        models[0], NET_SPEC, start, end, inputs, targets, points=5, batch_size=77, progress=False
-    )
-    assert models[0].training
-    assert all(torch.equal(before[name], t) for name, t in models[0].state_dict().items())
-    probe, losses, errors = Net().eval(), [], []
-    for a in found.alphas.tolist():
-        NET_SPEC.load_(probe, ((1 - a) * start + a * end))
-        logits = probe(inputs)
-        losses.append(nn.functional.cross_entropy(logits, targets).item())
-        errors.append((logits.argmax(1) != targets).double().mean().item())
-    torch.testing.assert_close(
-        found.losses, torch.tensor(losses, dtype=torch.float64), rtol=1e-5, atol=1e-6
-    )
-    torch.testing.assert_close(found.errors, torch.tensor(errors, dtype=torch.float64))
-    excess = max(
-        loss - ((1 - a) * losses[0] + a * losses[-1])
-        for a, loss in zip(found.alphas.tolist(), losses, strict=True)
-    )
-    assert found.loss == pytest.approx(excess, abs=1e-5)
-
-
-def test_barrier_between_a_network_and_its_permutation_vanishes_after_matching() -> None:
-    models, inputs, targets = networks()
-    flat = NET_SPEC.flatten(models[0])
-    shuffled = weightops.permute(
-        flat, NET_SPEC.random_permutations(1, torch.Generator().manual_seed(9)), NET_SPEC
-    )
-    evaluate = lambda end: align.barrier(  # noqa: E731
-        models[0], NET_SPEC, flat[0], end, inputs, targets, points=5, progress=False
-    )
-    assert evaluate(shuffled[0]).loss > 0.1
-    found = align.match(NET_SPEC, flat[0], shuffled)
-    after = evaluate(weightops.permute(shuffled, found.perms, NET_SPEC)[0])
-    assert abs(after.loss) < 1e-5
-    assert after.error == 0
-
-
-def test_reset_statistics_equal_those_of_one_large_batch() -> None:
-    models, inputs, _ = networks()
-    from weightops.align.barrier import reset_batch_norm
-
-    reset_batch_norm(models[0], inputs, 300)
-    activations = models[0].fc1(inputs)
-    torch.testing.assert_close(models[0].norm.running_mean, activations.mean(0).detach())
-    torch.testing.assert_close(models[0].norm.running_var, activations.var(0).detach())
-    assert not models[0].norm.training
-    assert models[0].norm.momentum == 0.1
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -234,35 +138,3 @@ def test_match_refuses_bad_input(change: dict, message: str) -> None:
     }
     with pytest.raises((ValueError, TypeError), match=message):
         align.match(**(arguments | change))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"model": 3}, "barrier: model must be a module"),
-        ({"spec": 3}, "barrier: spec must be a WeightSpec"),
-        ({"start": torch.zeros(2)}, "barrier: start has shape"),
-        ({"end": torch.zeros(NET_SPEC.numel).long()}, "barrier: end must be floating point"),
-        ({"inputs": torch.zeros(0, 6)}, "barrier: inputs must hold examples"),
-        (
-            {"targets": torch.zeros(2).long()},
-            "barrier: targets has length 2, but the batch of inputs has size 5",
-        ),
-        ({"targets": torch.zeros(5)}, "barrier: targets must be int64 classes"),
-        ({"points": 1}, "barrier: points must be an integer from 2"),
-        ({"batch_size": 0}, "barrier: batch_size must be an integer from 1"),
-        ({"norm_inputs": 5}, "barrier: norm_inputs must be a tensor"),
-        ({"end": torch.zeros(NET_SPEC.numel, device="meta")}, "barrier: end is on meta"),
-    ],
-)
-def test_barrier_refuses_bad_input(change: dict, message: str) -> None:
-    arguments = {
-        "model": Net(),
-        "spec": NET_SPEC,
-        "start": torch.zeros(NET_SPEC.numel),
-        "end": torch.zeros(NET_SPEC.numel),
-        "inputs": torch.zeros(5, 6),
-        "targets": torch.zeros(5).long(),
-    }
-    with pytest.raises((ValueError, TypeError), match=message):
-        align.barrier(**(arguments | change))

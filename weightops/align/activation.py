@@ -75,11 +75,13 @@ def match_activations(
         ValueError: inputs do not fit, or an activation is not finite.
         TypeError: an argument has the wrong type.
     """
-    batches = _check_arguments(model, inputs, statistic, batch_size)
+    listed = check_inputs(model, inputs)
+    _check.choice("match", "statistic", statistic, STATISTICS)
+    _check.count("match", "batch_size", batch_size)
     references = reference if reference.dim() == 2 else reference[None]
     checkpoints = flat if flat.dim() == 3 else flat[:, None]
     scores = activation_scores(
-        spec, references, checkpoints, model, batches, statistic=statistic, progress=progress
+        spec, references, checkpoints, model, listed, statistic, batch_size, progress
     )
     perms = assign_factors(spec.labels, scores)
     missing = [label for label in spec.labels if label not in perms]
@@ -98,12 +100,13 @@ def activation_scores(
     reference: Tensor,
     flat: Tensor,
     model: nn.Module,
-    batches: list[tuple[Tensor, ...]],
-    *,
+    inputs: tuple[Tensor, ...],
     statistic: str,
+    batch_size: int,
     progress: bool,
 ) -> Scores:
     """Scores of ``flat`` ``[N, T, P]`` against ``reference`` ``[T, P]``, added over places and over T."""
+    batches = list(zip(*(each.split(batch_size) for each in inputs), strict=True))
     centred = statistic == "correlation"
     probe = [each[:8] for each in batches[0]]
     watched = distinct(Recorder(spec, model, places(spec, model)).run(reference[0], probe))
@@ -258,10 +261,8 @@ def _only(spec: WeightSpec, labels: list[str]) -> WeightSpec:
     return WeightSpec(axes, spec.shapes, sizes={each: spec.labels[each] for each in kept})
 
 
-def _check_arguments(
-    model: nn.Module, inputs: Tensor | tuple[Tensor, ...], statistic: str, batch_size: int
-) -> list[tuple[Tensor, ...]]:
-    """The inputs in batches."""
+def check_inputs(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The arguments of ``model``, which must hold equally many examples."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"match: model must be a module, not {_check.describe(model)}")
     listed = inputs if isinstance(inputs, tuple) else (inputs,)
@@ -273,6 +274,4 @@ def _check_arguments(
         if each.dim() == 0 or len(each) == 0:
             raise ValueError(f"match: {name} must hold examples, not shape {list(each.shape)}")
         _check.size("match", name, len(each), len(listed[0]), "the batch of inputs[0]")
-    _check.choice("match", "statistic", statistic, STATISTICS)
-    _check.count("match", "batch_size", batch_size)
-    return list(zip(*(each.split(batch_size) for each in listed), strict=True))
+    return listed
