@@ -252,7 +252,9 @@ def draw_triangles(axis: Any, results: Results) -> None:
         x, y = points.T + np.array([[1.1 * n], [0]])
         shades = axis.tricontourf(x, y, losses, levels=levels, cmap="viridis_r")
         axis.text(1.1 * n + 0.5, -0.08, SEGMENTS[name], ha="center", va="top")
-    axis.figure.colorbar(shades, ax=axis, orientation="horizontal", label="test loss", ticks=levels[::4])
+    axis.figure.colorbar(
+        shades, ax=axis, orientation="horizontal", label="test loss", ticks=levels[::4]
+    )
     axis.set_aspect("equal")
     axis.set_axis_off()
     axis.set_title(f"the triangle of three networks, width {width}")

@@ -35,8 +35,9 @@ def triangle(recipe: Recipe, networks: Tensor) -> Simplex:
 def compare(recipe: Recipe, seeds: tuple[int, int, int]) -> dict[str, Any]:
     """Barriers between three networks as trained, each pair matched, and all three matched at once.
 
-    Weak are the segments from each network to the two that are matched to it; strong is the third segment
-    of that triangle, between the two. The universe has one permutation a network, found for all together.
+    Weak are segments between a network and one that is matched to it; strong, by the third, are those
+    between two that are both matched to the third network. The universe has one permutation a network,
+    found for all together.
     """
     torch.set_num_threads(1)
     spec = recipe.spec
@@ -46,7 +47,7 @@ def compare(recipe: Recipe, seeds: tuple[int, int, int]) -> dict[str, Any]:
     for reference, *others in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
         perms = align.match(spec, networks[reference], networks[others]).perms
         moved = weightops.permute(networks[others], perms, spec)
-        weak += [barrier(recipe, networks[reference], each) for each in moved]
+        weak.append(barrier(recipe, networks[reference], moved[0]))
         strong.append(barrier(recipe, *moved))
         aligned = torch.cat([networks[reference][None], moved])
         triangles.setdefault("third", []).append(triangle(recipe, aligned))
