@@ -269,7 +269,11 @@ def draw_rates(axis: Any, results: Results) -> None:
             line(axis, [at["rate"] for at in found], y, name, label, dash)
     axis.set_xscale("log")
     axis.set_ylim(bottom=0)
-    axis.set(title="matching", xlabel="learning rate", ylabel="barrier of test loss")
+    axis.set(
+        title="weight and activation matching",
+        xlabel="learning rate",
+        ylabel="barrier of test loss",
+    )
     legend(axis)
 
 
@@ -278,7 +282,8 @@ def draw_trajectories(axis: Any, results: Results) -> None:
     width, pairs = next(iter(found["widths"].items()))
     for name, title in PERMUTATIONS.items():
         y = [of((at[name] for at in ats), "loss") for ats in zip(*pairs, strict=True)]
-        line(axis, [100 * share for share in found["shares"]], y, name, title)
+        line(axis, range(len(y)), y, name, title)
+    axis.set_xticks(range(len(found["shares"])), [f"{100 * share:g}" for share in found["shares"]])
     axis.set(
         title=f"checkpoints, width {width}",
         xlabel="share of training, %",
@@ -311,7 +316,8 @@ def draw_masks(axis: Any, results: Results) -> None:
     axis.set_yscale("log")
     axis.set_yticks(ticks := [5, 10, 20, 50, 90], [f"{each}" for each in ticks])
     axis.minorticks_off()
-    axis.set(title="trained under a mask", ylabel="test error, %")
+    width = results["pruning"]["width"]
+    axis.set(title=f"trained under a mask, width {width}", ylabel="test error, %")
     legend(axis, "mask")
 
 
