@@ -1,10 +1,14 @@
 """What the experiments of ``examples`` show, in short form and in full, and what the docs tell of them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import reproduce_connectivity
 import reproduce_manifold
+from connectivity import report as connectivity
 from manifold import report
 from rich.console import Console
 
@@ -68,9 +72,111 @@ def test_trends_of_the_full_experiment() -> None:
     check_trends(reproduce_manifold.compare(False, Console(quiet=True)))
 
 
-def test_docs_tell_the_committed_run() -> None:
-    results = json.loads((DOCS / "manifold.json").read_text())
+def excesses(results: connectivity.Results, kind: str, name: str) -> dict[int, float]:
+    """Width -> mean loss barrier of all groups of three networks."""
+    return {
+        int(width): float(np.mean(connectivity.group_means(groups, kind, name, "loss")))
+        for width, groups in results["widths"].items()
+    }
+
+
+def along(found: list, name: str, metric: str) -> np.ndarray:
+    """Means over pairs of networks, ``[checkpoints]`` or ``[densities]``."""
+    return np.array([connectivity.of([at[name] for at in pair], metric) for pair in found]).mean(0)
+
+
+def test_matching_connects_networks_their_checkpoints_and_their_prunings(tmp_path: Path) -> None:
+    results = reproduce_connectivity.compare(reproduce_connectivity.QUICK, Console(quiet=True))
+    connectivity.show(Console(quiet=True), results)
+    connectivity.save(results, tmp_path)
+    assert (tmp_path / "connectivity.svg").stat().st_size > 10_000
+    assert json.loads((tmp_path / "connectivity.json").read_text()) == results
+    loss = {name: excesses(results, "pairs", name) for name in ("naive", "weak")}
+    assert all(loss["weak"][width] < 0.5 * loss["naive"][width] for width in loss["naive"])
+    quarter = results["trajectories"]["shares"].index(0.25)
+    for pairs in results["trajectories"]["widths"].values():
+        assert along(pairs, "final", "loss")[quarter] < 0.3 * along(pairs, "naive", "loss")[quarter]
+    pruned = [[at["barriers"] for at in pair] for pair in results["pruning"]["pairs"]]
+    assert (along(pruned, "final", "error") < 0.5 * along(pruned, "naive", "error")).all()
+    trained = [[at["rewound"] for at in pair[1:]] for pair in results["pruning"]["pairs"]]
+    assert along(trained, "transported", "error")[-1] < 0.8 * along(trained, "as is", "error")[-1]
+
+
+def check_connectivity(results: connectivity.Results) -> None:
+    pairs = {name: excesses(results, "pairs", name) for name in connectivity.SEGMENTS}
+    triangles = {name: excesses(results, "triangles", name) for name in connectivity.TRIANGLES}
+    for width in pairs["naive"]:
+        assert pairs["naive"][width] > 0.6
+        assert triangles["naive"][width] > 1.2
+        assert pairs["weak"][width] < 0.35 * pairs["naive"][width]
+    for width in (16, 32, 64):
+        assert pairs["third"][width] > 1.5 * pairs["weak"][width]
+        assert pairs["universe"][width] < 0.6 * pairs["third"][width]
+        assert triangles["universe"][width] < 0.7 * triangles["third"][width]
+    for width in (128, 256, 512):
+        assert pairs["weak"][width] < 0.02
+        assert triangles["universe"][width] < 0.03
+    assert pairs["third"][16] > 0.5
+    assert pairs["third"][512] < 0.03
+
+    shares = results["trajectories"]["shares"]
+    for checkpoints in results["trajectories"]["widths"].values():
+        naive, final, weight, activation = (
+            along(checkpoints, name, "loss") for name in connectivity.PERMUTATIONS
+        )
+        later = shares.index(0.1)
+        assert (naive[later:] > 0.6).all()
+        assert (final[later:] < 0.1).all()
+        early = shares.index(0.05)
+        assert final[early] < 0.7 * naive[early]
+        assert final[early] < 0.8 * weight[early]
+        assert activation[early] < 0.8 * weight[early]
+
+    pruned = [[at["barriers"] for at in pair] for pair in results["pruning"]["pairs"]]
+    assert (along(pruned, "naive", "loss") > 0.5).all()
+    assert (along(pruned, "final", "loss") < 0.05).all()
+
+    own, transported, as_is, random = (
+        along(
+            [[at["rewound"] for at in pair[1:]] for pair in results["pruning"]["pairs"]],
+            name,
+            "error",
+        )
+        for name in connectivity.MASKS
+    )
+    assert (transported < own + 2).all()
+    assert (transported[-3:] < as_is[-3:] - 1).all()
+    assert (transported[-3:] < random[-3:] - 2.5).all()
+
+    for at in results["rates"]:
+        naive, weight, activation = (
+            np.mean(connectivity.of((pair[name] for pair in at["pairs"]), "loss"))
+            for name in connectivity.METHODS
+        )
+        assert weight < 0.3 * naive
+        assert activation < 0.3 * naive
+        assert abs(weight - activation) < 0.15
+        if (at["optimizer"], at["rate"]) in (("SGD", 0.03), ("SGD", 0.1), ("AdamW", 0.01)):
+            assert max(weight, activation) < 0.05
+
+
+@pytest.mark.slow
+def test_claims_of_the_full_connectivity_experiment() -> None:
+    check_connectivity(
+        reproduce_connectivity.compare(reproduce_connectivity.FULL, Console(quiet=True))
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "markdown", "check"),
+    [
+        ("manifold", report.markdown, check_trends),
+        ("connectivity", connectivity.markdown, check_connectivity),
+    ],
+)
+def test_docs_tell_the_committed_run(name: str, markdown: Callable, check: Callable) -> None:
+    results = json.loads((DOCS / f"{name}.json").read_text())
     page = (DOCS / "reproductions.md").read_text()
-    assert report.markdown(results) in page
+    assert markdown(results) in page
     assert results["date"] in page
-    check_trends(results)
+    check(results)

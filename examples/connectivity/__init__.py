@@ -1,0 +1,1 @@
+"""Parts of ``reproduce_connectivity.py``: networks and their training, the three claims, report."""
