@@ -1,6 +1,7 @@
 """Barriers follow their definition, by whatever way they are computed."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -79,15 +80,20 @@ def test_layers_that_read_the_data_are_computed_at_the_corners_once(monkeypatch)
     generator = torch.Generator().manual_seed(3)
     inputs = torch.randn(23, 1, 10, 10, generator=generator, dtype=torch.float64)
     targets = torch.randint(4, (23,), generator=generator)
-    applied = []
-    apply = _evaluation._apply
-    monkeypatch.setattr(_evaluation, "_apply", lambda *a: applied.append(a[0]) or apply(*a))
+    applied: list[nn.Module] = []
+    product = _evaluation._Layers._product
+    monkeypatch.setattr(
+        _evaluation._Layers, "_product", lambda *a: applied.append(a[1]) or product(*a)
+    )
+
+    def counts() -> list[int]:
+        return sorted(Counter(map(id, applied)).values())
+
     found = barrier_simplex(
         model, spec, flat, inputs, targets, points=4, batch_size=10, progress=False
     )
-    # Three batches, three corners; not the layer whose input is computed.
-    assert [type(layer) for layer in applied].count(nn.Conv2d) == 9
-    assert [type(layer) for layer in applied].count(nn.Linear) == 9
+    # Three batches at three corners; at ten points where the layer's input is computed.
+    assert counts() == [9, 9, 30]
     losses, errors = evaluated(copy.deepcopy(model), spec, found.weights @ flat, inputs, targets)
     torch.testing.assert_close(found.losses, losses, rtol=1e-12, atol=0)
     torch.testing.assert_close(found.errors, errors)
@@ -97,8 +103,33 @@ def test_layers_that_read_the_data_are_computed_at_the_corners_once(monkeypatch)
     unmixed = barrier_simplex(
         model, spec, flat, inputs, targets, points=4, batch_size=10, progress=False
     )
-    assert not applied
+    assert counts() == [30, 33, 33]
     torch.testing.assert_close(unmixed.losses, losses, rtol=1e-12, atol=0)
+
+
+def test_tensors_that_share_memory_move_together() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(8, 8, bias=False)
+            self.second = nn.Linear(8, 8, bias=False)
+            self.second.weight = nn.Parameter(self.first.weight.data)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x).relu())
+
+    torch.manual_seed(0)
+    models = [Tied().double() for _ in range(2)]
+    spec = weightops.WeightSpec({"first.weight": (None, None)}, {"first.weight": (8, 8)})
+    flat = spec.flatten(models).detach()
+    inputs, targets = torch.randn(9, 8, dtype=torch.float64), torch.arange(9) % 8
+    found = align.barrier(models[0], spec, *flat, inputs, targets, points=3, progress=False)
+    losses = []
+    for model in (models[0], None, models[1]):
+        weight = flat.mean(0).view(8, 8) if model is None else model.first.weight
+        logits = (inputs @ weight.T).relu() @ weight.T
+        losses.append(nn.functional.cross_entropy(logits, targets))
+    torch.testing.assert_close(found.losses, torch.stack(losses).detach(), rtol=1e-12, atol=0)
 
 
 def test_models_that_change_their_input_are_served_the_changed_values() -> None:

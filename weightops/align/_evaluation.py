@@ -71,9 +71,12 @@ def evaluate(
             data = []
     layers = _Layers(network, spec, corners, data)
     row = torch.empty_like(corners[0])
+    lies_there = _lie_in(network, spec, row)
     measured = []
     for share in track(shares_of(weights, corners).unbind(), where, enabled=progress):
-        spec.load_(network, merge(corners, share, spec, out=row))
+        merge(corners, share, spec, out=row)
+        if not lies_there:
+            spec.load_(network, row)
         layers.share = share
         if units is not None:
             units.repair_(network, share)
@@ -142,33 +145,46 @@ class _Layers:
 
     def _forward(
         self,
-        layer: nn.Module,
+        layer: Any,
         weight: Tensor,
         bias: Tensor | None,
-        known: dict[tuple, Tensor],
+        known: dict[tuple, Tensor | None],
         x: Tensor,
     ) -> Tensor:
         few = weight[0, 0].numel() < _MIX * len(weight)
         if few or x.untyped_storage().data_ptr() not in self.data or x.dtype.itemsize < 4:
-            return self._product(layer, x)
+            return self._product(layer, x, layer.weight, layer.bias)
         # The data stays where it is, so that a view of it tells its values.
         view = (x.data_ptr(), x._version, x.shape, x.stride())
-        if view in known:
-            outputs = known[view]
-            return synthesize(self.share, outputs.flatten(1)).view(outputs.shape[1:])
-        y = self._product(layer, x)
-        if len(weight) * y.nbytes <= self.left:
-            self.left -= len(weight) * y.nbytes
-            biases = bias if bias is not None else [None] * len(weight)
-            known[view] = torch.stack(
-                [_apply(layer, x, w, b) for w, b in zip(weight, biases, strict=True)]
-            )
-        return y
+        if view not in known:
+            known[view] = self._at_corners(layer, x, weight, bias)
+        outputs = known[view]
+        if outputs is None:
+            return self._product(layer, x, layer.weight, layer.bias)
+        return synthesize(self.share, outputs.flatten(1)).view(outputs.shape[1:])
 
-    def _product(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def _at_corners(
+        self, layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor | None:
+        """Outputs at all corners ``[M, ...]``, or ``None`` where that is too much to keep."""
+        biases = bias if bias is not None else [None] * len(weight)
+        outputs: Tensor | None = None
+        for corner, (w, b) in enumerate(zip(weight, biases, strict=True)):
+            y = self._product(layer, x, w, b)
+            if outputs is None:
+                if len(weight) * y.nbytes > self.left:
+                    return None
+                outputs = y.new_empty(len(weight), *y.shape)
+            outputs[corner] = y
+        assert outputs is not None
+        self.left -= outputs.nbytes
+        return outputs
+
+    def _product(self, layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not isinstance(layer, nn.Linear):
+            return layer._conv_forward(x, weight, bias)
         if (
-            not isinstance(layer, nn.Linear)
-            or layer.in_features > _MOST_INPUTS
+            layer.in_features > _MOST_INPUTS
             or layer.out_features < _FEWEST_OUTPUTS
             or x.numel() * layer.out_features < _FEWEST_PRODUCTS
             or x.device.type != "cpu"
@@ -177,15 +193,22 @@ class _Layers:
             or torch.is_autocast_enabled("cpu")
             or not _load.has_kernel("manifold_contract", "cpu")
         ):
-            return type(layer).forward(layer, x)
-        bias = None if layer.bias is None else layer.bias[None]
-        return manifold_linear(x, self.one, layer.weight[None], bias)
+            return nn.functional.linear(x, weight, bias)
+        return manifold_linear(x, self.one, weight[None], None if bias is None else bias[None])
 
 
-def _apply(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if isinstance(layer, nn.Linear):
-        return nn.functional.linear(x, weight, bias)
-    return layer._conv_forward(x, weight, bias)
+def _lie_in(network: nn.Module, spec: WeightSpec, row: Tensor) -> bool:
+    """Let a network's tensors be views of ``row`` ``[P]``, where each is one; the same as loading it."""
+    state = network.state_dict(keep_vars=True)
+    # cuDNN wants the weights of recurrent layers where it has put them.
+    if row.device.type != "cpu" or any(name not in state for name in spec.shapes):
+        return False
+    named = {id(state[name]) for name in spec.shapes}
+    if any(each.is_floating_point() and id(each) not in named for each in state.values()):
+        return False  # another tensor with the same memory, which would stay behind
+    for name, view in spec.unflatten(row).items():
+        state[name].data = view
+    return True
 
 
 def _check_data(where: str, inputs: Any, targets: Any, loss: Any, norm_inputs: Any) -> None:
