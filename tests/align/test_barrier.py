@@ -107,31 +107,6 @@ def test_layers_that_read_the_data_are_computed_at_the_corners_once(monkeypatch)
     torch.testing.assert_close(unmixed.losses, losses, rtol=1e-12, atol=0)
 
 
-def test_tensors_that_share_memory_move_together() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = nn.Linear(8, 8, bias=False, dtype=torch.float64)
-            self.second = nn.Linear(8, 8, bias=False, dtype=torch.float64)
-            self.second.weight = nn.Parameter(self.first.weight.data)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.second(self.first(x).relu())
-
-    torch.manual_seed(0)
-    models = [Tied() for _ in range(2)]
-    spec = weightops.WeightSpec({"first.weight": (None, None)}, {"first.weight": (8, 8)})
-    flat = spec.flatten(models).detach()
-    inputs, targets = torch.randn(9, 8, dtype=torch.float64), torch.arange(9) % 8
-    found = align.barrier(models[0], spec, *flat, inputs, targets, points=3, progress=False)
-    losses = []
-    for model in (models[0], None, models[1]):
-        weight = flat.mean(0).view(8, 8) if model is None else model.first.weight
-        logits = (inputs @ weight.T).relu() @ weight.T
-        losses.append(nn.functional.cross_entropy(logits, targets))
-    torch.testing.assert_close(found.losses, torch.stack(losses).detach(), rtol=1e-12, atol=0)
-
-
 def test_models_that_change_their_input_are_served_the_changed_values() -> None:
     class Changing(nn.Module):
         def __init__(self) -> None:

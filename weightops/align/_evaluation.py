@@ -203,9 +203,6 @@ def _lie_in(network: nn.Module, spec: WeightSpec, row: Tensor) -> bool:
     # cuDNN wants the weights of recurrent layers where it has put them.
     if row.device.type != "cpu" or any(name not in state for name in spec.shapes):
         return False
-    named = {id(state[name]) for name in spec.shapes}
-    if any(each.is_floating_point() and id(each) not in named for each in state.values()):
-        return False  # another tensor with the same memory, which would stay behind
     for name, view in spec.unflatten(row).items():
         state[name].data = view
     return True
