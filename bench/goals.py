@@ -56,6 +56,7 @@ for _space in ("mlp 64-32-10", "cnn 1-16-32", "rnn 32-128-32"):
     GOALS[f"equivariant {_space} 32->1, 32 particles"] = (3.0, None)
 
 LAYER_CALL_GOAL_US = 60.0
+TRACE_GOAL_S = 15.0
 WARM_GOAL = 4.0  # times faster than cold, on Grams of 256 and more
 CALL_GOAL_US = 25.0  # over the copy
 EXTRA_MEMORY_GOAL = 0.1  # of CondConv's

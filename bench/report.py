@@ -20,6 +20,7 @@ from goals import (
     EXTRA_MEMORY_GOAL,
     GOALS,
     LAYER_CALL_GOAL_US,
+    TRACE_GOAL_S,
     WARM_GOAL,
     against,
 )
@@ -77,6 +78,9 @@ def _rows(name: str, members: dict[str, dict]) -> list[Row]:
     if name == "equivariant call":
         goal = f"<= {LAYER_CALL_GOAL_US:g} us"
         return [Row(name, time, iqr, goal=goal, met=1e3 * time <= LAYER_CALL_GOAL_US)]
+    if name.startswith("trace"):
+        goal = f"<= {TRACE_GOAL_S:g} s"
+        return [Row(name, time, iqr, goal=goal, met=time <= 1e3 * TRACE_GOAL_S)]
     if name == "equivariant 32 particles":
         return [
             _faster(f"{name}, own theta, {what}", ours, members, peer, goal, met)
