@@ -9,8 +9,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/ops.md", "docs/manifolds.md"])
-def test_the_ten_lines_run(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/ops.md", "docs/manifolds.md", "docs/alignment.md"]
+)
+def test_the_ten_lines_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where pictures go
     code = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
     assert code
     for block in code:

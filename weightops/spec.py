@@ -141,7 +141,7 @@ class WeightSpec:
 
     @property
     def unverified(self) -> bool:
-        """Whether this spec came out of a trace and has not passed :func:`weightops.verify`.
+        """Whether this spec was traced or read from a dictionary, and has not passed :func:`weightops.verify`.
 
         Kept by JSON, pickle and copies; no part of equality.
         """

@@ -48,8 +48,8 @@ def widen(spec: WeightSpec, flat: Tensor, *, sizes: Mapping[str, int]) -> tuple[
         sizes: label -> its new size, at least the old one; other labels stay as they are.
 
     Returns:
-        The wider spec, with the same tensors (parts are renamed as they move) and labels, and the networks ``[N, P']`` in its layout;
-        differentiable.
+        The wider spec, with the same tensors (parts are renamed as they move) and labels, and the
+        networks ``[N, P']`` in its layout; differentiable.
 
     Raises:
         ValueError: a label is not the spec's or would shrink; shapes do not fit.
@@ -85,7 +85,8 @@ def match_partial(
     Args:
         spec: axes and layout of the reference.
         reference: the network ``[P]``.
-        other_spec: axes and layout of ``flat``'s networks: the same tensors and labels.
+        other_spec: axes and layout of ``flat``'s networks: the same tensors, save for the bounds of
+            parts, and the same labels.
         flat: networks ``[N, P']``, of the same floating dtype.
         seed: of the order in which labels are visited.
         tensors: names in ``spec`` that count in the objective, as for :func:`match`.

@@ -27,9 +27,8 @@ def name_labels(
 ) -> tuple[dict[int, str], dict[str, tuple[Part, int]]]:
     """Label's atom -> name, and name -> the part and axis that it comes from.
 
-    A label is named after the first module whose weight's output axis carries it.
-
-    Failing that, of the first parameter by itself, or of any axis. ``"fc1"`` for axis 0 of
+    A label is named after the first module whose weight's output axis carries it; failing that, after
+    the first tensor whose first axis without a name it is, and then after any axis. ``"fc1"`` for axis 0 of
     ``fc1.weight``; factors of a product are ``"attn.q[0]"`` and ``"attn.q[1]"``.
     """
     names: dict[int, str] = {}
