@@ -111,3 +111,15 @@ def test_match_refuses_bad_input(change: dict, message: str) -> None:
     }
     with pytest.raises((ValueError, TypeError), match=message):
         align.match(**(arguments | change))
+
+
+def test_a_spec_that_nobody_verified_is_warned_of_where_it_is_used() -> None:
+    guess = weightops.WeightSpec(SPEC.axes, SPEC.shapes, unverified=True)
+    flat = torch.zeros(2, SPEC.numel)
+    for use in (
+        lambda: align.match(guess, flat[0], flat[1:]),
+        lambda: align.match_all(guess, flat, progress=False),
+    ):
+        with pytest.warns(UserWarning, match="spec was never verified") as seen:
+            use()
+        assert [each.filename for each in seen] == [__file__]

@@ -9,14 +9,17 @@ from weightops import _check, _parts
 from weightops.spec import WeightSpec
 
 
-def check_spec(where: str, spec: Any) -> None:
-    """``spec`` must be a WeightSpec; one that was traced and never verified is warned of."""
+def check_spec(where: str, spec: Any, depth: int = 1) -> None:
+    """``spec`` must be a WeightSpec; one that is a guess and was never verified is warned of.
+
+    ``depth`` is how many calls below the user's this is made.
+    """
     if not isinstance(spec, WeightSpec):
         raise TypeError(f"{where}: spec must be a WeightSpec, not {_check.describe(spec)}")
-    if getattr(spec, "unverified", False):
+    if spec.unverified:
         warnings.warn(
-            f"{where}: spec was traced and never verified; call weightops.verify(spec, model, *inputs) first",
-            stacklevel=3,
+            f"{where}: spec was never verified; call weightops.verify(spec, model, *inputs) first",
+            stacklevel=2 + depth,
         )
 
 

@@ -77,7 +77,7 @@ def match_all(
         ValueError: shapes or names do not fit, fewer than two networks, or a weight is not finite.
         TypeError: an argument has the wrong type or dtype.
     """
-    check_spec("match_all", spec)
+    check_spec("match_all", spec, 2)
     _check_arguments(spec, flat, method, seed, tensors, max_sweeps, tolerance, progress)
     counted = [
         name

@@ -131,7 +131,7 @@ def _check_arguments(
     max_sweeps: int,
 ) -> list[str]:
     """The names of the tensors that count."""
-    check_spec("match", spec)
+    check_spec("match", spec, 2)
     _check.tensor("match", "reference", reference, "[P] or [T, P]")
     spec.check_flat("match", reference, "reference")
     if reference.dim() > 2:
