@@ -2,6 +2,8 @@
 // are read as they are.
 #pragma once
 
+#include <algorithm>
+
 #include "simd.h"
 
 namespace weightops::gram {
