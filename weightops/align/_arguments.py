@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from weightops import _check, _parts
 from weightops.spec import WeightSpec
 
 
-def check_spec(where: str, spec: Any) -> None:
+def check_spec(where: str, spec: Any, name: str = "spec") -> None:
     """``spec`` must be a WeightSpec; one that was traced and never verified is warned of."""
     if not isinstance(spec, WeightSpec):
-        raise TypeError(f"{where}: spec must be a WeightSpec, not {_check.describe(spec)}")
+        raise TypeError(f"{where}: {name} must be a WeightSpec, not {_check.describe(spec)}")
     if getattr(spec, "unverified", False):
         warnings.warn(
-            f"{where}: spec was traced and never verified; call weightops.verify(spec, model, *inputs) first",
+            f"{where}: {name} was traced and never verified; call weightops.verify({name}, model, *inputs) first",
             stacklevel=3,
         )
+
+
+def check_names(where: str, tensors: Any, spec: WeightSpec) -> None:
+    """``tensors`` must list names of the spec's, one or more."""
+    if isinstance(tensors, str) or not isinstance(tensors, Sequence):
+        raise TypeError(f"{where}: tensors must be a list of names, not {_check.describe(tensors)}")
+    if not tensors:
+        raise ValueError(f"{where}: tensors is empty, so nothing would count")
+    for name in tensors:
+        if not isinstance(name, str):
+            raise TypeError(f"{where}: tensors must hold names, not {_check.describe(name)}")
+        if name not in spec.shapes:
+            raise ValueError(f"{where}: tensors has {name!r}, the spec has {list(spec.shapes)}")
 
 
 def is_statistic(name: str) -> bool:

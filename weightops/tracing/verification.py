@@ -94,7 +94,7 @@ def verify(
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise TypeError(f"verify: kwargs must map names to inputs, not {_check.describe(kwargs)}")
     _check.count("verify", "trials", trials)
-    _check.count("verify", "seed", seed, 0)
+    _check.seed("verify", seed)
     _check.number("verify", "rtol", rtol, 0, 1)
     labels = {label: size for label, size in spec.labels.items() if size > 1}
     if not labels:
@@ -147,9 +147,7 @@ def verify(
 
 def _hidden(spec: WeightSpec, labels: Iterable[str], unseen: set[str]) -> list[str]:
     """Labels of ``unseen`` tensors alone."""
-    return [
-        label for label in labels if all(name in unseen for name, _ in spec.occurrences(label))
-    ]
+    return [label for label in labels if all(name in unseen for name, _ in spec.occurrences(label))]
 
 
 def _apart(labels: Mapping[str, int]) -> list[set[str]]:
