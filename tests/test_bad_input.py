@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from weightops import (
     WeightSpec,
+    align,
     assign,
+    explain,
     manifold_conv1d,
     manifold_conv2d,
     manifold_linear,
@@ -23,6 +25,8 @@ from weightops import (
     synthesize,
     synthesize_update_,
     testing,
+    trace,
+    verify,
 )
 
 SPEC = WeightSpec(
@@ -61,6 +65,30 @@ def make(axes: Any = None, shapes: Any = None, sizes: Any = None) -> WeightSpec:
     axes = {"w": ("a", None)} if axes is None else axes
     return WeightSpec(axes, {"w": (3, 2)} if shapes is None else shapes, sizes=sizes)
 
+
+class Layers(nn.Module):
+    """What SPEC describes, as a model of inputs [B, 2]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, tensor in STATE.items():
+            setattr(self, name, nn.Parameter(tensor.clone()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.w1.mT + self.b).tanh() @ self.w2.mT
+
+
+# As SPEC, but for k: it reads outputs, which do not permute.
+MODEL, READ = (
+    Layers(),
+    WeightSpec(SPEC.axes | {"w2": (None, "h")}, SPEC.shapes),
+)
+EXAMPLES, TARGETS = torch.randn(5, 2), torch.tensor([0, 3, 1, 2, 0])
+EVALUATED = {
+    **{"inputs": EXAMPLES, "targets": TARGETS, "points": 2, "loss": None, "batch_size": 5},
+    **{"norm_inputs": None, "norm": "reset", "progress": False},
+}
+SEARCHED = {"seed": 0, "tensors": None, "max_sweeps": 5}
 
 #: function -> how to call it, and arguments that it takes
 VALID: dict[str, tuple[Callable, dict[str, Any]]] = {
@@ -108,6 +136,42 @@ VALID: dict[str, tuple[Callable, dict[str, Any]]] = {
             **{"bases": BASES.clone(), "grad": GRADS, "coeffs": COEFFS},
             **{"lr": 0.1, "inverse_gram": torch.eye(5)},
         },
+    ),
+    "trace": (lambda model: trace(model, EXAMPLES), {"model": MODEL}),
+    "explain": (lambda model: explain(model, EXAMPLES), {"model": MODEL}),
+    "verify": (
+        lambda spec, model, **options: verify(spec, model, EXAMPLES, **options),
+        {"spec": READ, "model": MODEL, "kwargs": None, "seed": 0, "trials": 1, "rtol": 1e-9},
+    ),
+    "match": (
+        align.match,
+        {"spec": SPEC, "reference": FLAT[0], "flat": FLAT, "method": "weight", **SEARCHED},
+    ),
+    "match_all": (
+        align.match_all,
+        {
+            **{"spec": SPEC, "flat": FLAT, "method": "universe", **SEARCHED},
+            **{"tolerance": 1e-5, "progress": False},
+        },
+    ),
+    "match_partial": (
+        align.match_partial,
+        {"spec": SPEC, "reference": FLAT[0], "other_spec": SPEC, "flat": FLAT, **SEARCHED},
+    ),
+    "widen": (align.widen, {"spec": SPEC, "flat": FLAT, "sizes": {"h": 4}}),
+    "compose_path": (align.compose_path, {"spec": SPEC, "path": [PERMS, PERMS]}),
+    "cycle_error": (align.cycle_error, {"spec": SPEC, "cycle": [PERMS, PERMS]}),
+    "barrier": (
+        align.barrier,
+        {"model": MODEL, "spec": SPEC, "start": FLAT[0], "end": FLAT[1], **EVALUATED},
+    ),
+    "barrier_simplex": (
+        align.barrier_simplex,
+        {"model": MODEL, "spec": SPEC, "corners": FLAT, "weights": None, **EVALUATED},
+    ),
+    "from_git_rebasin": (
+        WeightSpec.from_git_rebasin,
+        {"permutations": {"h": [("w1", 0), ("b", 0), ("w2", 1)]}, "shapes": SPEC.shapes},
     ),
 }
 
@@ -592,6 +656,135 @@ SWEEP: dict[tuple[str, str], list[tuple[Any, type, str]]] = {
     ],
 }
 
+
+def bad_number(least: int, *more: tuple[Any, type, str]) -> list:
+    return [
+        (1.5, TYPE, "{p} must be an integer, not float 1.5"),
+        (True, TYPE, "{p} must be an integer, not bool True"),
+        (least - 1, VALUE, f"{{p}} must be at least {least}, not {least - 1}"),
+        *more,
+    ]
+
+
+NOT_A_MODEL: list[tuple[Any, type, str]] = [
+    (None, TYPE, "model must be a module, not NoneType"),
+    ({"w1": FLAT}, TYPE, "model must be a module, not dict"),
+]
+BAD_SEARCH = {
+    "seed": bad_number(0, (2**64, VALUE, r"seed must be below 2\^64")),
+    "tensors": [
+        ("w1", TYPE, "tensors must be a list of names, not str 'w1'"),
+        (5, TYPE, "tensors must be a list of names, not int 5"),
+        ([5], TYPE, "tensors must hold names, not int 5"),
+        ([], VALUE, "tensors is empty"),
+        (["z"], VALUE, r"tensors has 'z', the spec has \['w1', 'b', 'w2'\]"),
+    ],
+    "max_sweeps": bad_number(1),
+}
+BAD_NETWORK: list[tuple[Any, type, str]] = [
+    ([1.0], TYPE, r"{p} must be a tensor \[.*P\], not list"),
+    (FLAT[0, 1:], VALUE, rf"{{p}} has shape \[{P - 1}\], but the spec's networks have {P}"),
+    (FLAT[0].int(), TYPE, "{p} must be floating point, not torch.int32"),
+    (FLAT[0] * torch.nan, VALUE, "{p} must be finite, but"),
+]
+BAD_EVALUATION = {
+    "inputs": [
+        ([1.0], TYPE, r"inputs must be a tensor \[B, ...\], not list"),
+        (EXAMPLES[:0], VALUE, r"inputs must hold examples, not shape \[0, 2\]"),
+    ],
+    "targets": [
+        (None, TYPE, r"targets must be a tensor \[B\], not NoneType"),
+        (TARGETS[1:], VALUE, "targets has length 4, but the batch of inputs has size 5"),
+        (TARGETS.float(), TYPE, "targets must be int64 classes, not torch.float32"),
+    ],
+    "points": bad_number(2),
+    "loss": [("mse", TYPE, "loss must be a function of outputs and targets, not str 'mse'")],
+    "batch_size": bad_number(1),
+    "norm_inputs": [([1.0], TYPE, r"norm_inputs must be a tensor \[B, ...\], not list")],
+    "norm": [
+        ("batch", VALUE, "norm must be one of 'reset', 'repair', not 'batch'"),
+        ("repair", VALUE, "norm='repair' needs norm_inputs"),
+    ],
+    "progress": BAD_FLAG,
+    "model": NOT_A_MODEL,
+    "spec": NOT_A_SPEC,
+}
+BAD_PATH = [
+    (PERMS, TYPE, "{p} must be a list of permutations, not dict"),
+    ([], VALUE, "{p} has no steps"),
+    ([PERMS, {"z": ONE}], VALUE, r"{p}\[1\] has label 'z'"),
+    ([PERMS, {"h": H.repeat(2, 1)}], VALUE, r"{p}\[0\]\['h'\] has 2 rows, but .* has 4"),
+]
+SWEEP |= {
+    ("trace", "model"): NOT_A_MODEL,
+    ("explain", "model"): NOT_A_MODEL,
+    ("verify", "spec"): NOT_A_SPEC,
+    ("verify", "model"): NOT_A_MODEL,
+    ("verify", "kwargs"): [([3], TYPE, "kwargs must map names to inputs, not list")],
+    ("verify", "seed"): BAD_SEARCH["seed"],
+    ("verify", "trials"): bad_number(1),
+    ("verify", "rtol"): [
+        ("0", TYPE, "rtol must be a number, not str"),
+        (torch.nan, VALUE, r"rtol must be in \[0, 1\), not nan"),
+    ],
+    **{
+        (where, name): rows
+        for where in ("match", "match_all", "match_partial")
+        for name, rows in ({"spec": NOT_A_SPEC} | BAD_SEARCH).items()
+    },
+    **{
+        (where, "reference"): BAD_NETWORK
+        if where == "match_partial"
+        else [*BAD_NETWORK, (FLAT[:0], VALUE, r"flat must have shape \[N, T, P\]")]
+        for where in ("match", "match_partial")
+    },
+    **{
+        (where, "flat"): [*BAD_FLAT, (FLAT * torch.nan, VALUE, r"flat must be finite, but flat\[0")]
+        for where in ("match", "match_all", "match_partial")
+    },
+    ("match", "method"): [("git", VALUE, "method must be one of 'weight', .*, not 'git'")],
+    ("match_all", "method"): [("weight", VALUE, "method must be one of .*, not 'weight'")],
+    ("match_all", "tolerance"): [(1, VALUE, r"tolerance must be in \[0, 1\), not 1")],
+    ("match_all", "progress"): BAD_FLAG,
+    ("match_partial", "other_spec"): [(None, TYPE, "other_spec must be a WeightSpec, not")],
+    ("widen", "spec"): NOT_A_SPEC,
+    ("widen", "flat"): BAD_FLAT,
+    ("widen", "sizes"): [
+        ([4], TYPE, "sizes must map labels, not list"),
+        ({"z": 4}, VALUE, r"sizes has label 'z', the spec has \['h', 'k'\]"),
+        ({"h": 2}, VALUE, r"sizes\['h'\] must be at least 3, not 2"),
+        ({"h": 3.5}, TYPE, r"sizes\['h'\] must be an integer, not float 3.5"),
+    ],
+    ("compose_path", "spec"): NOT_A_SPEC,
+    ("compose_path", "path"): BAD_PATH,
+    ("cycle_error", "spec"): NOT_A_SPEC,
+    ("cycle_error", "cycle"): BAD_PATH,
+    **{
+        (where, name): rows
+        for where in ("barrier", "barrier_simplex")
+        for name, rows in BAD_EVALUATION.items()
+    },
+    ("barrier", "start"): BAD_NETWORK[:3],
+    ("barrier", "end"): BAD_NETWORK[:3],
+    ("barrier_simplex", "corners"): [
+        (FLAT[:1], VALUE, "corners must hold at least 2 networks, not 1"),
+        (FLAT[0], VALUE, rf"corners must have shape \[N, P\], not \[{P}\]"),
+    ],
+    ("barrier_simplex", "weights"): [
+        ([[0.5, 0.5]], TYPE, r"weights must be a tensor \[L, M\], not list"),
+        (torch.ones(1, 3), VALUE, "weights has length 3, but the corners has size 2"),
+        (torch.ones(1, 2), VALUE, r"rows of weights must sum to 1, but weights\[0\] sums to 2"),
+    ],
+    ("from_git_rebasin", "permutations"): [
+        ([3], TYPE, "permutations must map tensors to permutations, or .* not list"),
+        ({"h": 3}, TYPE, r"permutations\['h'\] must be a list, not int 3"),
+        ({"h": [("z", 0)]}, VALUE, r"permutations has \['z'\], which shapes lacks"),
+    ],
+    ("from_git_rebasin", "shapes"): [
+        (None, TYPE, "shapes must be a module, a state dict or map names to shapes, not NoneType")
+    ],
+}
+
 CASES = [
     pytest.param(where, argument, value, error, text, id=f"{where}-{argument}-{i}")
     for (where, argument), cases in SWEEP.items()
@@ -698,6 +891,7 @@ JUNK = st.recursive(
 )
 # Reasonable memory, not a reasonable number, is what bounds these.
 COUNTS = JUNK.filter(lambda value: type(value) is not int or value < 1000)
+BOUNDED = ("n", "points", "max_sweeps", "trials")
 
 
 @pytest.mark.parametrize("where", VALID)
@@ -706,8 +900,9 @@ COUNTS = JUNK.filter(lambda value: type(value) is not int or value < 1000)
 def test_junk_raises_nothing_but_value_and_type_errors(where: str, data: st.DataObject) -> None:
     function, arguments = VALID[where]
     argument = data.draw(st.sampled_from(sorted(arguments)))
-    junk = data.draw(COUNTS if argument == "n" else JUNK)
-    prefixes = ("from_json: ", "WeightSpec: ") if where == "from_json" else f"{where}: "
+    junk = data.draw(COUNTS if argument in BOUNDED else JUNK)
+    makes_a_spec = ("from_json", "from_git_rebasin")
+    prefixes = (f"{where}: ", "WeightSpec: ") if where in makes_a_spec else f"{where}: "
     try:
         function(**(arguments | {argument: junk}))
     except (TypeError, ValueError) as error:

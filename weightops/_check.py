@@ -63,6 +63,13 @@ def count(where: str, name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{where}: {name} must be at least {least}, not {value}")
 
 
+def seed(where: str, value: Any) -> None:
+    """``seed`` must be one that torch's generators take."""
+    count(where, "seed", value, 0)
+    if value >= 2**64:
+        raise ValueError(f"{where}: seed must be below 2^64, not {value}")
+
+
 def number(where: str, name: str, value: Any, low: float, high: float) -> None:
     """``value`` must be a number with ``low <= value < high``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

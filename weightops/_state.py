@@ -48,4 +48,4 @@ def read_state(
 
 def storage(tensor: Tensor) -> tuple:
     """The same for tensors that share their memory (tied weights)."""
-    return tensor.data_ptr(), tuple(tensor.shape)
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()

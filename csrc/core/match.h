@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <limits>
+#include <stdexcept>
 
 #include "assign.h"
 #include "gram.h"
@@ -49,17 +50,21 @@ struct Plan {
   std::vector<Label> labels;
   std::vector<manifold::Range> fixed;  // numbers of tensors without labels
 
-  // As weightops/ops/match/plan.py writes it.
-  static Plan parse(const int64_t* code, int64_t count) {
+  // As weightops/ops/match/plan.py writes it. Throws where it does not fit `numel` numbers.
+  static Plan parse(const int64_t* code, int64_t count, int64_t numel) {
     Plan plan;
     const int64_t* end = code + count;
-    const auto next = [&] { return code < end ? *code++ : 0; };
+    const auto next = [&] {
+      if (code == end) throw std::length_error("the plan ends early");
+      return *code++;
+    };
     plan.labels.resize(next());
     for (Label& label : plan.labels) label.size = next();
     plan.fixed.resize(next());
     for (auto& range : plan.fixed) {
       range.begin = next();
       range.end = next();
+      check(0 <= range.begin && range.begin <= range.end && range.end <= numel);
     }
     for (int64_t l = 0; l < int64_t(plan.labels.size()); ++l) {
       Label& label = plan.labels[l];
@@ -72,8 +77,22 @@ struct Plan {
         place.tensor = next();
         place.others.resize(next());
         place.at = {0};
+        // Places hold no number twice, so none has more of them than there are.
+        check(0 <= place.offset && place.offset < numel);
+        int64_t held = 1, last = place.offset;
+        const auto add = [&](int64_t size, int64_t stride) {
+          check(size > 0 && size <= numel / held && stride >= 0 &&
+                (size == 1 || stride <= (numel - 1 - last) / (size - 1)));
+          held *= size;
+          last += (size - 1) * stride;
+        };
+        add(place.run, 1);
+        add(label.size, place.stride);
         for (Factor& factor : place.others) {
           factor = {next(), next(), next()};
+          add(factor.size, factor.stride);
+          check(factor.label < int64_t(plan.labels.size()) &&
+                (factor.label < 0 || factor.size == plan.labels[factor.label].size));
           std::vector<int64_t> finer;
           for (const int64_t at : place.at)
             for (int64_t d = 0; d < factor.size; ++d) finer.push_back(at + d * factor.stride);
@@ -88,6 +107,11 @@ struct Plan {
       }
     }
     return plan;
+  }
+
+ private:
+  static void check(bool fits) {
+    if (!fits) throw std::out_of_range("the plan does not fit the networks");
   }
 };
 

@@ -54,12 +54,12 @@ bool run(const match::Plan& plan, const Tensor& reference, const Tensor& flat, c
 std::tuple<Tensor, Tensor, Tensor> match_weights(const Tensor& reference, const Tensor& flat,
                                                  const std::vector<int64_t>& code,
                                                  const Tensor& order) {
-  const match::Plan plan = match::Plan::parse(code.data(), code.size());
-  const int64_t networks = flat.size(0), labels = plan.labels.size();
   STD_TORCH_CHECK(reference.dim() == 2 && flat.dim() == 3 && flat.size(1) == reference.size(0) &&
                       flat.size(2) == reference.size(1),
                   "match_weights: reference must be [T, P] and flat [N, T, P]");
   STD_TORCH_CHECK(flat.scalar_type() == reference.scalar_type(), "match_weights: dtypes differ");
+  const match::Plan plan = match::Plan::parse(code.data(), code.size(), reference.numel());
+  const int64_t networks = flat.size(0), labels = plan.labels.size();
   STD_TORCH_CHECK(
       order.dim() == 2 && order.size(1) == labels && order.scalar_type() == ScalarType::Long,
       "match_weights: order must be int64 [sweeps, labels]");

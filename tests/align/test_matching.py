@@ -123,3 +123,63 @@ def test_a_spec_that_nobody_verified_is_warned_of_where_it_is_used() -> None:
         with pytest.warns(UserWarning, match="spec was never verified") as seen:
             use()
         assert [each.filename for each in seen] == [__file__]
+
+
+MODEL = torch.nn.Sequential(torch.nn.Linear(3, 6), torch.nn.Tanh(), torch.nn.Linear(6, 2))
+LAYERS = weightops.WeightSpec(
+    {"0.weight": ("h", None), "0.bias": ("h",), "2.weight": (None, "h"), "2.bias": (None,)},
+    {name: tensor.shape for name, tensor in MODEL.state_dict().items()},
+)
+LEARNED = {
+    **{"model": MODEL, "inputs": torch.randn(4, 3), "targets": torch.tensor([0, 1, 1, 0])},
+    "steps": 2,
+}
+METHODS = {
+    "weight": {},
+    "activation": {"model": MODEL, "inputs": torch.randn(4, 3)},
+    "straight-through": LEARNED,
+    "sinkhorn": LEARNED,
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_networks_have_no_permutations(method: str) -> None:
+    flat = LAYERS.flatten(MODEL).detach()
+    found = align.match(LAYERS, flat[0], flat[:0], method=method, **METHODS[method])
+    assert found.perms["h"].shape == (0, 6)
+    assert found.objective.shape == (0,)
+    assert found.history.shape[1:] == (0,)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_networks_that_need_gradients_give_results_without(method: str) -> None:
+    flat = LAYERS.flatten([MODEL, MODEL]).requires_grad_()
+    found = align.match(LAYERS, flat[0], flat[1:], method=method, **METHODS[method])
+    assert not found.objective.requires_grad
+    assert not found.history.requires_grad
+
+
+@pytest.mark.parametrize("method", ["straight-through", "sinkhorn"])
+def test_what_can_not_be_learned_is_said(method: str) -> None:
+    flat = LAYERS.flatten([MODEL, MODEL]).detach()
+    fixed = weightops.WeightSpec(
+        {k: (None,) * len(v) for k, v in LAYERS.shapes.items()}, LAYERS.shapes
+    )
+    with pytest.raises(
+        ValueError, match=r"^match: method .* nothing to learn, as no label of spec"
+    ):
+        align.match(fixed, flat[0], flat[1:], method=method, **LEARNED)
+    with (
+        torch.inference_mode(),
+        pytest.raises(ValueError, match=r"^match: method .* inference mode"),
+    ):
+        align.match(LAYERS, flat[0], flat[1:], method=method, **LEARNED)
+    half = flat.half()
+    with pytest.raises(TypeError, match=r"^match: method .* can't train .* torch.float16"):
+        align.match(LAYERS, half[0], half[1:], method=method, **LEARNED)
+
+
+def test_products_that_overflow_are_no_fault_of_the_weights() -> None:
+    flat = torch.full((2, SPEC.numel), 1e30)
+    with pytest.raises(ValueError, match=r"^match: products of weights overflow torch.float32"):
+        align.match(SPEC, flat[0], flat[1:])

@@ -278,7 +278,7 @@ def test_widen_refuses_bad_input(change: dict, message: str) -> None:
     ("change", "message"),
     [
         ({"spec": None}, "match_partial: spec must be a WeightSpec"),
-        ({"other_spec": None}, "match_partial: spec must be a WeightSpec"),
+        ({"other_spec": None}, "match_partial: other_spec must be a WeightSpec"),
         (
             {"other_spec": testing.mlp_spec(9, 4)},
             "match_partial: other_spec has no tensor 'fc2.weight', which the other one has",

@@ -5,6 +5,7 @@ import torch
 
 import weightops
 from weightops import testing
+from weightops._load import has_kernel
 from weightops.ops.match import match_weights, plan, reference
 from weightops.ops.match.plan import decode
 
@@ -136,3 +137,37 @@ def test_the_op_keeps_torchs_contract() -> None:
         shuffled.view(2, 2, 1, -1)
     )
     assert torch.equal(batched.flatten(0, 1), match_weights(common, shuffled, code, order)[0])
+
+
+@pytest.mark.skipif(
+    not has_kernel("match_weights", "cpu"), reason="the definition uses no addresses"
+)
+@pytest.mark.parametrize(
+    ("what", "position", "value"),
+    [
+        *[("labels", 0, 4), ("size of a label", 1, 5), ("size of a label", 1, 0)],
+        *[("begin", 5, -1), ("begin", 5, 10**6), ("end", 6, 10**6)],
+        *[("offset", 8, -1), ("offset", 8, 10**6), ("stride", 9, -1), ("stride", 9, 2**62)],
+        *[("run", 10, 0), ("run", 10, 2**62), ("others", 13, 9), ("label", 14, 3)],
+        *[("size", 15, 2**62), ("size", 15, 0), ("stride", 16, -1), ("stride", 16, 10**6)],
+    ],
+)
+def test_a_plan_that_does_not_fit_the_networks_is_refused(
+    what: str, position: int, value: int
+) -> None:
+    """The kernel reads where a plan says."""
+    common, shuffled, code, order = problem(SPECS["heads"], 1)
+    with pytest.raises(IndexError, match="the plan does not fit the networks"):
+        match_weights(common, shuffled, [*code[:position], value, *code[position + 1 :]], order)
+
+
+@pytest.mark.skipif(
+    not has_kernel("match_weights", "cpu"), reason="the definition uses no addresses"
+)
+def test_the_plan_of_a_larger_spec_is_refused() -> None:
+    code, order = problem(SPECS["heads"], 1)[2:]
+    few = torch.zeros(1, 6, dtype=torch.float64)
+    with pytest.raises(IndexError, match="the plan does not fit the networks"):
+        match_weights(few, few[None], code, order)
+    with pytest.raises(ValueError, match="the plan ends early"):
+        match_weights(*problem(SPECS["heads"], 1)[:2], code[:-1], order)

@@ -374,6 +374,55 @@ def test_specs_that_move_nothing_that_counts_are_refused() -> None:
         verify(spec_of(recurrent, {"unused.weight": (None, "h")}), recurrent, kwargs=SEQUENCE)
 
 
+def test_labels_of_two_units_are_told_apart() -> None:
+    """Each has one permutation that moves anything, so that moved together they look like one."""
+    model = nn.Sequential(nn.Linear(5, 2), nn.Tanh(), nn.Linear(2, 3))
+    labels = {"0.weight": ("a", None), "0.bias": ("a",), "2.weight": (None, "b")}
+    spec = spec_of(model, labels)
+    with pytest.raises(VerificationError):
+        verify(spec, model, X)
+    assert spec.unverified
+    verify(spec_of(model, labels | {"2.weight": (None, "a")}), model, X)
+
+
+class Gated(nn.Module):
+    """Two experts; no input of ordinary size gets to the second one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+        self.far = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x[:, :1] < 100, self.near(x), self.far(x))
+
+
+def test_labels_that_the_inputs_do_not_reach_are_not_taken_for_proven() -> None:
+    model = Gated()
+    labels = {
+        f"{each}.{name}": tuple(axis and each for axis in axes)
+        for each in ("near", "far")
+        for name, axes in {"0.weight": "a.", "0.bias": "a", "2.weight": ".a"}.items()
+        for axes in [[None if axis == "." else axis for axis in axes]]
+    }
+    spec = spec_of(model, labels)
+    with pytest.raises(ValueError, match=r"a weight that the spec moves by \['far'\]; pass inputs"):
+        verify(spec, model, X)
+    assert spec.unverified
+    verify(spec, model, torch.cat([X, 200 + X]))
+
+
+def test_draws_go_on_while_rectifiers_are_dead() -> None:
+    """Which hides all that lies before them: a wrong spec would pass."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 1), nn.ReLU(), nn.Linear(1, 3))
+    nn.init.constant_(model[2].weight, 1e-3)
+    nn.init.zeros_(model[2].bias)
+    wrong = {"0.weight": ("a", None), "0.bias": ("a",), "2.weight": (None, "b")}
+    for seed in range(6):
+        with pytest.raises(VerificationError):
+            verify(spec_of(model, wrong), model, X, seed=seed, trials=1)
+
+
 def test_specs_of_other_models_are_refused() -> None:
     with pytest.raises(ValueError, match=r"verify: model has no tensor 'stem\.weight'"):
         verify(spec_of(Residual(), residual_labels()), mlp(), X)

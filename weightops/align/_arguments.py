@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from weightops import _check, _parts
 from weightops.spec import WeightSpec
 
 
-def check_spec(where: str, spec: Any, depth: int = 1) -> None:
+def check_spec(where: str, spec: Any, name: str = "spec", depth: int = 1) -> None:
     """``spec`` must be a WeightSpec; one that is a guess and was never verified is warned of.
 
-    ``depth`` is how many calls below the user's this is made.
+    ``name`` is what the caller's argument is called, ``depth`` how many calls below the user's this is.
     """
     if not isinstance(spec, WeightSpec):
-        raise TypeError(f"{where}: spec must be a WeightSpec, not {_check.describe(spec)}")
+        raise TypeError(f"{where}: {name} must be a WeightSpec, not {_check.describe(spec)}")
     if spec.unverified:
         warnings.warn(
-            f"{where}: spec was never verified; call weightops.verify(spec, model, *inputs) first",
+            f"{where}: {name} was never verified; call weightops.verify({name}, model, *inputs) first",
             stacklevel=2 + depth,
         )
+
+
+def check_names(where: str, tensors: Any, spec: WeightSpec) -> None:
+    """``tensors`` must list names of the spec's, one or more."""
+    if isinstance(tensors, str) or not isinstance(tensors, Sequence):
+        raise TypeError(f"{where}: tensors must be a list of names, not {_check.describe(tensors)}")
+    if not tensors:
+        raise ValueError(f"{where}: tensors is empty, so nothing would count")
+    for name in tensors:
+        if not isinstance(name, str):
+            raise TypeError(f"{where}: tensors must hold names, not {_check.describe(name)}")
+        if name not in spec.shapes:
+            raise ValueError(f"{where}: tensors has {name!r}, the spec has {list(spec.shapes)}")
 
 
 def is_statistic(name: str) -> bool:

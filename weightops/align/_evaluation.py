@@ -56,6 +56,7 @@ def evaluate(
     """
     _check_data(where, inputs, targets, loss, norm_inputs)
     _check.count(where, "batch_size", batch_size)
+    _check.flag(where, "progress", progress)
     _check.choice(where, "norm", norm, ("reset", "repair"))
     if norm == "repair" and norm_inputs is None:
         raise ValueError(f"{where}: norm='repair' needs norm_inputs to take statistics of")

@@ -78,6 +78,9 @@ def match_activations(
     listed = check_inputs(model, inputs)
     _check.choice("match", "statistic", statistic, STATISTICS)
     _check.count("match", "batch_size", batch_size)
+    _check.flag("match", "progress", progress)
+    if not len(flat):
+        return {label: p.to(flat.device) for label, p in spec.identity(0).items()}
     references = reference if reference.dim() == 2 else reference[None]
     checkpoints = flat if flat.dim() == 3 else flat[:, None]
     scores = activation_scores(

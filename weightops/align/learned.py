@@ -236,6 +236,9 @@ class _Problem:
         """Train what the networks that ``propose`` gives, with their permutations, depend on."""
         _check.count("match", "steps", steps)
         _check.number("match", "learning_rate", learning_rate, 0, inf)
+        _check.flag("match", "progress", progress)
+        if not len(self.start):
+            return self.found, torch.zeros(steps + 1, 0, dtype=torch.float64)
         optimizer = torch.optim.Adam(trained, learning_rate)
         best = previous = self.identity()
         lowest = losses = self.midpoints(best)

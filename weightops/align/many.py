@@ -10,7 +10,7 @@ from torch import Tensor
 
 from weightops import _check
 from weightops._progress import track
-from weightops.align._arguments import check_spec, is_statistic
+from weightops.align._arguments import check_names, check_spec, is_statistic
 from weightops.align.matching import match
 from weightops.align.universe import frank_wolfe, pairs
 from weightops.ops.permute import permute
@@ -77,7 +77,7 @@ def match_all(
         ValueError: shapes or names do not fit, fewer than two networks, or a weight is not finite.
         TypeError: an argument has the wrong type or dtype.
     """
-    check_spec("match_all", spec, 2)
+    check_spec("match_all", spec, depth=2)
     _check_arguments(spec, flat, method, seed, tensors, max_sweeps, tolerance, progress)
     counted = [
         name
@@ -151,12 +151,9 @@ def _check_arguments(
     if len(flat) < 2:
         raise ValueError(f"{where}: flat must hold 2 networks or more, not {len(flat)}")
     _check.choice(where, "method", method, METHODS)
-    _check.count(where, "seed", seed, least=0)
-    if tensors is not None and not tensors:
-        raise ValueError(f"{where}: tensors is empty, so nothing would count")
-    for name in tensors or ():
-        if name not in spec.shapes:
-            raise ValueError(f"{where}: tensors has {name!r}, the spec has {list(spec.shapes)}")
+    _check.seed(where, seed)
+    if tensors is not None:
+        check_names(where, tensors, spec)
     _check.count(where, "max_sweeps", max_sweeps)
     _check.number(where, "tolerance", tolerance, 0, 1)
     _check.flag(where, "progress", progress)

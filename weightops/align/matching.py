@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from weightops import _check
-from weightops.align._arguments import check_spec
+from weightops.align._arguments import check_names, check_spec
 from weightops.align.activation import match_activations
 from weightops.align.learned import match_sinkhorn, match_straight_through
 from weightops.align.weights import Match, match_by_weights, objective, weights_of
@@ -81,6 +81,7 @@ def match(
     _check.finite("match", "flat", flat)
     assert model is not None
     assert inputs is not None
+    reference, flat = reference.detach(), flat.detach()
     if method == "activation":
         perms = match_activations(spec, reference, flat, model, inputs, seed=seed, **options)
         ends = [objective(spec, reference, flat, each, counted) for each in ({}, perms)]
@@ -89,6 +90,14 @@ def match(
         raise ValueError(
             f"match: reference must have shape [P] for method {method!r}, not {list(reference.shape)}"
         )
+    if not any(size > 1 for size in spec.labels.values()):
+        raise ValueError(
+            f"match: method {method!r} has nothing to learn, as no label of spec is longer than 1"
+        )
+    if torch.is_inference_mode_enabled():
+        raise ValueError(f"match: method {method!r} needs gradients, which inference mode has not")
+    if reference.dtype == torch.float16:
+        raise TypeError(f"match: method {method!r} can't train weights of torch.float16")
     assert targets is not None
     perms, losses = LEARNED[method](
         spec, reference, flat, model, inputs, targets, seed=seed, **options
@@ -131,7 +140,7 @@ def _check_arguments(
     max_sweeps: int,
 ) -> list[str]:
     """The names of the tensors that count."""
-    check_spec("match", spec, 2)
+    check_spec("match", spec, depth=2)
     _check.tensor("match", "reference", reference, "[P] or [T, P]")
     spec.check_flat("match", reference, "reference")
     if reference.dim() > 2:
@@ -142,6 +151,8 @@ def _check_arguments(
     _check.tensor("match", "flat", flat, shape, reference.dim() + 1)
     spec.check_flat("match", flat)
     if reference.dim() == 2:
+        if not len(reference):
+            raise ValueError("match: reference holds no network")
         _check.size("match", "flat axis 1", flat.shape[1], reference.shape[0], "reference's axis 0")
     _check.floating("match", "reference", reference)
     if flat.dtype != reference.dtype:
@@ -149,12 +160,8 @@ def _check_arguments(
     _check.same_device("match", "flat", flat, "reference", reference)
     _check.choice("match", "method", method, METHODS)
     _check.count("match", "max_sweeps", max_sweeps)
-    _check.count("match", "seed", seed, least=0)
+    _check.seed("match", seed)
     if tensors is None:
         return weights_of(spec)
-    if not tensors:
-        raise ValueError("match: tensors is empty, so nothing would count")
-    for name in tensors:
-        if name not in spec.shapes:
-            raise ValueError(f"match: tensors has {name!r}, the spec has {list(spec.shapes)}")
+    check_names("match", tensors, spec)
     return list(tensors)

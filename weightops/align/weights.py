@@ -57,7 +57,9 @@ def match_by_weights(
     except RuntimeError:
         _check.finite("match", "reference", reference)
         _check.finite("match", "flat", flat)
-        raise
+        raise ValueError(
+            f"match: products of weights overflow {ours.dtype}; scale the networks"
+        ) from None
     sizes = list(spec.labels.values())
     perms = dict(zip(spec.labels, found.to(flat.device).split(sizes, 1), strict=True))
     last = int(sweeps.max()) if len(sweeps) else 0
@@ -81,6 +83,8 @@ def objective(
 ) -> Tensor:
     """``[N]`` float64: inner products of permuted networks ``[N, P]`` or ``[N, T, P]`` with the reference."""
     copies = 1 if flat.dim() == 2 else flat.shape[1]
+    if not (len(flat) and counted):
+        return flat.new_zeros(len(flat), dtype=torch.float64)
     rows = {label: p.repeat_interleave(copies, 0) for label, p in perms.items()}
     aligned = permute(flat.reshape(-1, spec.numel), rows, spec).view(len(flat), copies, -1)
     ours, theirs = spec.unflatten(reference.view(copies, -1)), spec.unflatten(aligned)

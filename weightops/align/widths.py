@@ -10,7 +10,7 @@ from torch import Tensor
 
 from weightops import _check
 from weightops._parts import parse
-from weightops.align._arguments import check_spec
+from weightops.align._arguments import check_names, check_spec
 from weightops.align.matching import match
 from weightops.spec import WeightSpec
 
@@ -99,7 +99,7 @@ def match_partial(
     """
     where = "match_partial"
     check_spec(where, spec)
-    check_spec(where, other_spec)
+    check_spec(where, other_spec, "other_spec")
     ours, theirs = spec.labels, other_spec.labels
     sizes = {label: max(size, theirs[label]) for label, size in ours.items() if label in theirs}
     wider = _resized(spec, sizes)
@@ -113,9 +113,10 @@ def match_partial(
     _check.finite(where, "reference", reference)
     _check.finite(where, "flat", flat)
     names = dict(zip(spec.shapes, wider.shapes, strict=True))
-    for name in tensors or ():
-        if name not in names:
-            raise ValueError(f"{where}: tensors has {name!r}, the spec has {list(names)}")
+    if tensors is not None:
+        check_names(where, tensors, spec)
+    _check.seed(where, seed)
+    _check.count(where, "max_sweeps", max_sweeps)
 
     found = match(
         wider,
