@@ -10,190 +10,12 @@
 
 #include <cmath>
 #include <limits>
-#include <stdexcept>
 
 #include "assign.h"
-#include "gram.h"
 #include "manifold_regime.h"
-#include "manifold_run.h"
+#include "match_copies.h"
 
 namespace weightops::match {
-
-using manifold::Team;
-
-struct Factor {
-  int64_t label, size, stride;  // label < 0: fixed
-};
-
-// Where a label stands in a tensor: its neighbouring units are `stride` apart, and each meets
-// `run` numbers that follow each other at each of the other factors' positions.
-struct Place {
-  int64_t offset, stride, run;
-  bool counts;  // in the objective, which takes one place of each tensor
-  int64_t tensor;
-  std::vector<Factor> others;
-  std::vector<int64_t> at;  // of the others' positions
-  int64_t row = 0;          // its first one in the label's copies
-
-  int64_t positions() const { return at.size(); }
-  int64_t rows() const { return positions() * run; }
-};
-
-struct Label {
-  int64_t size, depth = 0, positions = 0;
-  std::vector<Place> places;
-  std::vector<int64_t> neighbours;  // labels that share a tensor with it
-  bool repeated = false;            // twice in a tensor: scores are a linearisation
-};
-
-struct Plan {
-  std::vector<Label> labels;
-  std::vector<manifold::Range> fixed;  // numbers of tensors without labels
-
-  // As weightops/ops/match/plan.py writes it. Throws where it does not fit `numel` numbers.
-  static Plan parse(const int64_t* code, int64_t count, int64_t numel) {
-    Plan plan;
-    const int64_t* end = code + count;
-    const auto next = [&] {
-      if (code == end) throw std::length_error("the plan ends early");
-      return *code++;
-    };
-    plan.labels.resize(next());
-    for (Label& label : plan.labels) label.size = next();
-    plan.fixed.resize(next());
-    for (auto& range : plan.fixed) {
-      range.begin = next();
-      range.end = next();
-      check(0 <= range.begin && range.begin <= range.end && range.end <= numel);
-    }
-    for (int64_t l = 0; l < int64_t(plan.labels.size()); ++l) {
-      Label& label = plan.labels[l];
-      label.places.resize(next());
-      for (Place& place : label.places) {
-        place.offset = next();
-        place.stride = next();
-        place.run = next();
-        place.counts = next() != 0;
-        place.tensor = next();
-        place.others.resize(next());
-        place.at = {0};
-        // Places hold no number twice, so none has more of them than there are.
-        check(0 <= place.offset && place.offset < numel);
-        int64_t held = 1, last = place.offset;
-        const auto add = [&](int64_t size, int64_t stride) {
-          check(size > 0 && size <= numel / held && stride >= 0 &&
-                (size == 1 || stride <= (numel - 1 - last) / (size - 1)));
-          held *= size;
-          last += (size - 1) * stride;
-        };
-        add(place.run, 1);
-        add(label.size, place.stride);
-        for (Factor& factor : place.others) {
-          factor = {next(), next(), next()};
-          add(factor.size, factor.stride);
-          check(factor.label < int64_t(plan.labels.size()) &&
-                (factor.label < 0 || factor.size == plan.labels[factor.label].size));
-          std::vector<int64_t> finer;
-          for (const int64_t at : place.at)
-            for (int64_t d = 0; d < factor.size; ++d) finer.push_back(at + d * factor.stride);
-          place.at.swap(finer);
-          if (factor.label < 0) continue;
-          label.neighbours.push_back(factor.label);
-          label.repeated |= factor.label == l;
-        }
-        place.row = label.depth;
-        label.depth += place.rows();
-        label.positions += place.positions();
-      }
-    }
-    return plan;
-  }
-
- private:
-  static void check(bool fits) {
-    if (!fits) throw std::out_of_range("the plan does not fit the networks");
-  }
-};
-
-// to[c * to_stride + u] = from[u * stride + c]
-template <class Sum>
-void turn(const Sum* from, int64_t stride, int64_t units, int64_t columns, Sum* to,
-          int64_t to_stride) {
-  constexpr int64_t lanes = 16 / sizeof(Sum);
-  using Arithmetic = Simd<Sum, 16>;
-  int64_t u = 0;
-  for (; u + lanes <= units; u += lanes) {
-    const Sum* rows[lanes];
-    for (int64_t k = 0; k < lanes; ++k) rows[k] = from + (u + k) * stride;
-    int64_t c = 0;
-    for (; c + lanes <= columns; c += lanes) {
-      typename Arithmetic::Vector block[lanes];
-      for (int64_t k = 0; k < lanes; ++k) block[k] = Arithmetic::load(rows[k] + c);
-      Arithmetic::transpose(block);
-      for (int64_t k = 0; k < lanes; ++k) Arithmetic::store(to + (c + k) * to_stride + u, block[k]);
-    }
-    for (; c < columns; ++c)
-      for (int64_t k = 0; k < lanes; ++k) to[c * to_stride + u + k] = rows[k][c];
-  }
-  for (; u < units; ++u)
-    for (int64_t c = 0; c < columns; ++c) to[c * to_stride + u] = from[u * stride + c];
-}
-
-// The copy [depth, size] of a label's tensors, for units of a range.
-template <class Sum>
-void copy_rows(const Label& label, const Sum* data, manifold::Range units, Sum* to) {
-  // Whose rows of the copy stay in the cache, though they may all lie in a few of its sets.
-  constexpr int64_t kColumns = 16;
-  for (const Place& place : label.places)
-    for (int64_t p = 0, next; p < place.positions(); p = next) {
-      // Positions that follow each other are copied at once.
-      int64_t columns = place.run;
-      for (next = p + 1; next < place.positions() && place.at[next] == place.at[p] + columns &&
-                         columns < kColumns;
-           ++next)
-        columns += place.run;
-      turn(data + place.offset + place.at[p] + units.begin * place.stride, place.stride,
-           units.size(), columns, to + (place.row + p * place.run) * label.size + units.begin,
-           label.size);
-    }
-}
-
-// Copies of all labels' tensors.
-template <class Sum>
-void copy_all(const Plan& plan, const Sum* data, const std::vector<Sum*>& to, int64_t threads,
-              const Team& team) {
-  team(threads, [&](int64_t begin, int64_t end) {
-    for (size_t l = 0; l < to.size(); ++l) {
-      const int64_t size = plan.labels[l].size;
-      copy_rows(plan.labels[l], data, {size * begin / threads, size * end / threads}, to[l]);
-    }
-  });
-}
-
-// The reference, of whose tensors every label has a copy; packed, too, where that is no more than
-// kKeptBytes.
-template <class Sum>
-struct Reference {
-  static constexpr int64_t kKeptBytes = 1 << 30;
-
-  Reference(const Plan& plan, const Sum* data, int64_t threads, const Team& team)
-      : data(data), rooms(plan.labels.size()), kept(plan.labels.size()) {
-    int64_t numbers = 0;
-    for (size_t l = 0; l < rooms.size(); ++l) {
-      const int64_t count = plan.labels[l].depth * plan.labels[l].size;
-      rows.push_back(rooms[l].get(count + gram::kMargin));
-      numbers += count;
-    }
-    keeps = 6 * numbers <= kKeptBytes;
-    copy_all(plan, data, rows, threads, team);
-  }
-
-  const Sum* data;
-  std::vector<Sum*> rows;  // [depth, size] of each label
-  std::vector<Buffer<Sum>> rooms;
-  mutable std::vector<product::Kept> kept;
-  bool keeps;
-};
 
 // What is known of one label of one network.
 template <class Sum>
@@ -425,7 +247,7 @@ class Descent {
                                               small ? 1 : threads_, small ? alone : team_, [] {});
   }
 
-  double inner(int64_t l, const Place& place, manifold::Range units) {
+  double inner(int64_t l, const Place& place, Range units) {
     const int64_t n = plan_.labels[l].size;
     const int64_t* perm = perms_[l];
     const Sum *reference = reference_.rows[l], *own = sides_[l].rows.get(0);
