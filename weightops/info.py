@@ -37,8 +37,8 @@ def _backends(name: str) -> dict[str, str]:
     cpu = "C++" if _load.has_kernel(name, "cpu") else "reference (plain torch)"
     cuda = "CUDA C++" if _load.has_kernel(name, "cuda") else "reference (plain torch)"
     cuda = _op.served.get((name, "cuda"), cuda)
-    if name == "assign":
-        # Solved on the host wherever the scores are.
+    if name in ("assign", "match_weights"):
+        # Solved on the host wherever the tensors are.
         cpu = cuda = "C++" if _load.has_kernel(name, "cpu") else "scipy"
     return {"cpu": cpu, "cuda": cuda}
 
