@@ -13,6 +13,7 @@ from weightops.ops.manifold import (
     synthesize,
     synthesize_update_,
 )
+from weightops.ops.match import match_weights as _match_weights  # noqa: F401  (declares its op)
 from weightops.ops.permute import merge, permute, permute_axes
 from weightops.spec import WeightSpec
 

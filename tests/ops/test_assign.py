@@ -306,3 +306,9 @@ def test_a_large_problem_equals_scipy() -> None:
         columns, potentials = assign(score, return_duals=True)
         check(score, columns, True, potentials)
         check(score, assign(score, duals=potentials), True)
+
+
+def test_arrays_of_one_number_may_have_any_stride() -> None:
+    backwards = np.zeros(2)[::-1][:1]
+    assert backwards.strides[0] < 0
+    assert assign(backwards[None], duals=backwards).tolist() == [0]

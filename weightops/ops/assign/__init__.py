@@ -129,7 +129,9 @@ def _shared(value: Any) -> Any:
         return value
     if value.dtype.kind not in "biufc" or value.dtype.char in "gG":
         return value
-    return torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
+    shared = np.require(value, value.dtype.newbyteorder("="), ["C", "W"])
+    # An array of one number is contiguous whatever its stride, but torch refuses negative ones.
+    return torch.from_numpy(shared.copy() if min(shared.strides, default=0) < 0 else shared)
 
 
 def _solve(
