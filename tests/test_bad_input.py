@@ -345,6 +345,7 @@ def bad_geometry(name: str, axes: int, least: int, more: str = "") -> list:
         ((1,) * (axes - 1) + ("1",), TYPE, f"{name} must be an integer{more}, not str '1'"),
         (least - 1, VALUE, f"{name} must be at least {least}, not {least - 1}"),
         ([least - 1] * axes, VALUE, f"{name} must be at least {least}, not {least - 1}"),
+        (2**63, VALUE, rf"{name} must be below 2\^63, not {2**63}"),
     ]
 
 

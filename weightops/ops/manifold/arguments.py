@@ -200,6 +200,8 @@ def _integer(where: str, name: str, value: Any, least: int, more: str = "") -> N
         raise TypeError(f"{where}: {name} must be an integer{more}, not {_check.describe(value)}")
     if value < least:
         raise ValueError(f"{where}: {name} must be at least {least}, not {value}")
+    if value >= 2**63:
+        raise ValueError(f"{where}: {name} must be below 2^63, not {value}")
 
 
 def bases(where: str, coeffs: Tensor, bases: Tensor) -> Tensor:
