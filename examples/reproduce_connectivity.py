@@ -9,7 +9,6 @@ folder reproduced.
 
 from __future__ import annotations
 
-import argparse
 import platform
 import resource
 import time
@@ -18,9 +17,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
+import reproduction
 import torch
 from connectivity import rates, report, sequences, strong
 from connectivity.networks import Recipe
@@ -140,24 +139,12 @@ def compare(plan: Plan, console: Console) -> report.Results:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="few small networks, trained for a short time"
-    )
-    parser.add_argument(
-        "--save", type=Path, default=Path("reproduced"), help="folder for tables and curves"
-    )
-    arguments = parser.parse_args()
-    console = Console(width=150)
-    results = compare(QUICK if arguments.quick else FULL, console)
-    report.show(console, results)
-    report.save(results, arguments.save)
-    console.print(
-        f"{results['seconds']} s, {results['cpu_seconds']} s of CPU time. "
-        f"Curves: {arguments.save / 'connectivity.svg'}"
-    )
-
-
 if __name__ == "__main__":
-    main()
+    reproduction.run(
+        "connectivity",
+        __doc__.splitlines()[0],
+        "few small networks, trained for a short time",
+        lambda quick, console: compare(QUICK if quick else FULL, console),
+        report,
+        width=150,
+    )

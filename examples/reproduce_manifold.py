@@ -9,15 +9,14 @@ folder reproduced.
 
 from __future__ import annotations
 
-import argparse
 import platform
 import resource
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import date
 from multiprocessing import get_context
-from pathlib import Path
 
+import reproduction
 import torch
 from manifold import report
 from manifold.training import COMPARISONS, run
@@ -81,24 +80,12 @@ def compare(quick: bool, console: Console) -> report.Results:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="three tasks, one seed, short training"
-    )
-    parser.add_argument(
-        "--save", type=Path, default=Path("reproduced"), help="folder for tables and curves"
-    )
-    arguments = parser.parse_args()
-    console = Console(width=130)
-    results = compare(arguments.quick, console)
-    report.show(console, results)
-    report.save(results, arguments.save)
-    console.print(
-        f"{results['seconds']} s, {results['cpu_seconds']} s of CPU time. "
-        f"Curves: {arguments.save / 'manifold.svg'}"
-    )
-
-
 if __name__ == "__main__":
-    main()
+    reproduction.run(
+        "manifold",
+        __doc__.splitlines()[0],
+        "three tasks, one seed, short training",
+        compare,
+        report,
+        width=130,
+    )

@@ -3,11 +3,13 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import reproduce_connectivity
 import reproduce_manifold
+import reproduction
 from connectivity import report as connectivity
 from manifold import report
 from rich.console import Console
@@ -15,7 +17,13 @@ from rich.console import Console
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
-def means(results: report.Results, task: str, part: str) -> dict[str, float]:
+def save(name: str, results: reproduction.Results, report: Any, folder: Path) -> None:
+    tables = report.tables(results)
+    reproduction.show(Console(quiet=True), tables)
+    reproduction.save(name, results, tables, report.draw, folder)
+
+
+def means(results: reproduction.Results, task: str, part: str) -> dict[str, float]:
     found = results["tasks"][task]
     return {
         name: report.over(method["scores"], found["parts"][part]).mean()
@@ -25,8 +33,7 @@ def means(results: report.Results, task: str, part: str) -> dict[str, float]:
 
 def test_weights_on_an_ellipse_reach_into_a_held_out_arc(tmp_path: Path) -> None:
     results = reproduce_manifold.compare(True, Console(quiet=True))
-    report.show(Console(quiet=True), results)
-    report.save(results, tmp_path)
+    save("manifold", results, report, tmp_path)
     assert (tmp_path / "manifold.svg").stat().st_size > 10_000
     assert json.loads((tmp_path / "manifold.json").read_text()) == results
     arc = means(results, "rotation, an arc held out", "held-out arc")
@@ -36,7 +43,7 @@ def test_weights_on_an_ellipse_reach_into_a_held_out_arc(tmp_path: Path) -> None
     assert ellipse > 0.1 + arc["line (wrong topology), ManifoldDescent(SGD)"]
 
 
-def check_trends(results: report.Results) -> None:
+def check_trends(results: reproduction.Results) -> None:
     circle = means(results, "rotation", "all angles")
     ellipse = circle["ellipse, ManifoldDescent(SGD)"]
     assert ellipse > 0.96
@@ -72,7 +79,7 @@ def test_trends_of_the_full_experiment() -> None:
     check_trends(reproduce_manifold.compare(False, Console(quiet=True)))
 
 
-def excesses(results: connectivity.Results, kind: str, name: str) -> dict[int, float]:
+def excesses(results: reproduction.Results, kind: str, name: str) -> dict[int, float]:
     """Width -> mean loss barrier of all groups of three networks."""
     return {
         int(width): float(np.mean(connectivity.group_means(groups, kind, name, "loss")))
@@ -87,8 +94,7 @@ def along(found: list, name: str, metric: str) -> np.ndarray:
 
 def test_matching_connects_networks_their_checkpoints_and_their_prunings(tmp_path: Path) -> None:
     results = reproduce_connectivity.compare(reproduce_connectivity.QUICK, Console(quiet=True))
-    connectivity.show(Console(quiet=True), results)
-    connectivity.save(results, tmp_path)
+    save("connectivity", results, connectivity, tmp_path)
     assert (tmp_path / "connectivity.svg").stat().st_size > 10_000
     assert json.loads((tmp_path / "connectivity.json").read_text()) == results
     loss = {name: excesses(results, "pairs", name) for name in ("naive", "weak")}
@@ -102,7 +108,7 @@ def test_matching_connects_networks_their_checkpoints_and_their_prunings(tmp_pat
     assert along(trained, "transported", "error")[-1] < 0.8 * along(trained, "as is", "error")[-1]
 
 
-def check_connectivity(results: connectivity.Results) -> None:
+def check_connectivity(results: reproduction.Results) -> None:
     pairs = {name: excesses(results, "pairs", name) for name in connectivity.SEGMENTS}
     triangles = {name: excesses(results, "triangles", name) for name in connectivity.TRIANGLES}
     for width in pairs["naive"]:
@@ -168,15 +174,15 @@ def test_claims_of_the_full_connectivity_experiment() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "markdown", "check"),
+    ("name", "tables", "check"),
     [
-        ("manifold", report.markdown, check_trends),
-        ("connectivity", connectivity.markdown, check_connectivity),
+        ("manifold", report.tables, check_trends),
+        ("connectivity", connectivity.tables, check_connectivity),
     ],
 )
-def test_docs_tell_the_committed_run(name: str, markdown: Callable, check: Callable) -> None:
+def test_docs_tell_the_committed_run(name: str, tables: Callable, check: Callable) -> None:
     results = json.loads((DOCS / f"{name}.json").read_text())
     page = (DOCS / "reproductions.md").read_text()
-    assert markdown(results) in page
+    assert reproduction.markdown(tables(results)) in page
     assert results["date"] in page
     check(results)

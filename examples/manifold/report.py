@@ -6,16 +6,11 @@ domain, and for each method its parameters and scores ``[seeds, contexts]``.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
-
-Results = dict[str, Any]
+from reproduction import Results, Tables
 
 #: a method's name up to its first comma -> colour; those of one colour differ in their dashes
 COLORS = {
@@ -54,26 +49,8 @@ def rows(task: Results) -> list[list[str]]:
     return found
 
 
-def show(console: Console, results: Results) -> None:
-    for name, task in results["tasks"].items():
-        first, *rest = rows(task)
-        table = Table(title=f"{name}: {task['score']}")
-        for n, column in enumerate(first):
-            table.add_column(column, justify="right" if n else "left")
-        for row in rest:
-            table.add_row(*row)
-        console.print(table)
-
-
-def markdown(results: Results) -> str:
-    """The tables as in docs/reproductions.md."""
-    blocks = []
-    for name, task in results["tasks"].items():
-        first, *rest = rows(task)
-        lines = [first, ["---"] + ["---:"] * (len(first) - 1), *rest]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        blocks.append(f"**{name}: {task['score']}**\n\n{table}\n")
-    return "\n".join(blocks)
+def tables(results: Results) -> Tables:
+    return {f"{name}: {task['score']}": rows(task) for name, task in results["tasks"].items()}
 
 
 def draw(results: Results, path: Path) -> None:
@@ -117,11 +94,3 @@ def draw(results: Results, path: Path) -> None:
         plt.close(figure)
     # Tenths of a point are fine enough, and the file is a third smaller.
     path.write_text(re.sub(r"(\.\d)\d+", r"\1", path.read_text()))
-
-
-def save(results: Results, folder: Path) -> None:
-    """Write ``manifold.json``, the curves ``manifold.svg`` and the tables ``manifold.md``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifold.json").write_text(json.dumps(results) + "\n")
-    (folder / "manifold.md").write_text(markdown(results))
-    draw(results, folder / "manifold.svg")

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from functools import cache
 from math import log, pi
 
 import torch
+from reproduction import Digits
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample, interpolate, mse_loss
 
 from weightops.manifolds import BSpline, Ellipse, Line, Manifold, Torus
-
-
-@dataclass(frozen=True)
-class Digits:
-    """Images ``[B, 1, size, size]`` in 0 .. 1 and classes ``[B]``."""
-
-    train: Tensor
-    train_classes: Tensor
-    test: Tensor
-    test_classes: Tensor
 
 
 @cache
@@ -34,7 +24,7 @@ def digits(size: int) -> Digits:
     if size != x.shape[-1]:
         x = interpolate(x, size=(size, size), mode="bilinear")
     y = torch.from_numpy(data.target).long()[order]
-    return Digits(x[:1300], y[:1300], x[1300:], y[1300:])
+    return Digits.split(x, y, 1300)
 
 
 class Task(ABC):

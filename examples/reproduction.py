@@ -1,0 +1,93 @@
+"""What the reproductions do alike: digits to train on and to test on, tables, and files in a folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+Results = dict[str, Any]
+#: title -> rows of a table, its head first
+Tables = Mapping[str, Sequence[Sequence[str]]]
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Images ``[B, ...]`` in 0 .. 1 and classes ``[B]``."""
+
+    train: Tensor
+    train_classes: Tensor
+    test: Tensor
+    test_classes: Tensor
+
+    @classmethod
+    def split(cls, images: Tensor, classes: Tensor, train: int) -> Digits:
+        """The first ``train`` to train on."""
+        return cls(images[:train], classes[:train], images[train:], classes[train:])
+
+
+def show(console: Console, tables: Tables) -> None:
+    for title, (first, *rest) in tables.items():
+        table = Table(title=title)
+        for n, column in enumerate(first):
+            table.add_column(column, justify="right" if n else "left")
+        for row in rest:
+            table.add_row(*row)
+        console.print(table)
+
+
+def markdown(tables: Tables) -> str:
+    """The tables as in docs/reproductions.md."""
+    blocks = []
+    for title, (first, *rest) in tables.items():
+        lines = [first, ["---"] + ["---:"] * (len(first) - 1), *rest]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        blocks.append(f"**{title}**\n\n{table}\n")
+    return "\n".join(blocks)
+
+
+def save(
+    name: str,
+    results: Results,
+    tables: Tables,
+    draw: Callable[[Results, Path], None],
+    folder: Path,
+) -> None:
+    """Write the results as ``name.json``, the curves as ``name.svg`` and the tables as ``name.md``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(results) + "\n")
+    (folder / f"{name}.md").write_text(markdown(tables))
+    draw(results, folder / f"{name}.svg")
+
+
+def run(
+    name: str,
+    description: str,
+    quick: str,
+    compare: Callable[[bool, Console], Results],
+    report: Any,
+    width: int,
+) -> None:
+    """The command: compare, show, save. ``report`` has ``tables`` and ``draw``."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument(
+        "--save", type=Path, default=Path("reproduced"), help="folder for tables and curves"
+    )
+    arguments = parser.parse_args()
+    console = Console(width=width)
+    results = compare(arguments.quick, console)
+    tables = report.tables(results)
+    show(console, tables)
+    save(name, results, tables, report.draw, arguments.save)
+    console.print(
+        f"{results['seconds']} s, {results['cpu_seconds']} s of CPU time. "
+        f"Curves: {arguments.save / f'{name}.svg'}"
+    )
