@@ -48,16 +48,20 @@ struct Strip {
 };
 
 template <class Arithmetic, int outputs, int columns>
-WEIGHTOPS_INLINE void run_strip(const Strip<typename Arithmetic::Number>& strip, int64_t count) {
+WEIGHTOPS_INLINE void run_strip(const Strip<typename Arithmetic::Number>& given, int64_t count) {
   using Number = typename Arithmetic::Number;
+  using Vector = typename Arithmetic::Vector;
+  const Strip<Number> strip = given;
   const int64_t step = strip.step;
+  const Vector least = elementary::spread<Arithmetic>(&strip.least);
   for (int64_t tile = 0; tile < count; ++tile) {
-    typename Arithmetic::Vector sum[outputs][columns];
+    Vector sum[outputs][columns];
 #pragma GCC unroll 8
-    for (int c = 0; c < outputs; ++c)
+    for (int c = 0; c < outputs; ++c) {
+      const Vector bias = strip.bias ? elementary::spread<Arithmetic>(strip.bias + c) : Vector{};
 #pragma GCC unroll 8
-      for (int x = 0; x < columns; ++x)
-        sum[c][x] = typename Arithmetic::Vector{} + (strip.bias ? strip.bias[c] : Number(0));
+      for (int x = 0; x < columns; ++x) sum[c][x] = bias;
+    }
     const Number* weight = strip.weight;
     const Number* channel = strip.from + tile * columns * step;
     for (int64_t i = 0; i < strip.taps[0]; ++i, channel += strip.tap_strides[0]) {
@@ -65,12 +69,12 @@ WEIGHTOPS_INLINE void run_strip(const Strip<typename Arithmetic::Number>& strip,
       for (int64_t j = 0; j < strip.taps[1]; ++j, row += strip.tap_strides[1]) {
         const Number* from = row;
         for (int64_t k = 0; k < strip.taps[2]; ++k, from += strip.tap_strides[2]) {
-          typename Arithmetic::Vector taken[columns];
+          Vector taken[columns];
 #pragma GCC unroll 8
           for (int x = 0; x < columns; ++x) taken[x] = Arithmetic::load(from + x * step);
 #pragma GCC unroll 8
           for (int c = 0; c < outputs; ++c) {
-            const typename Arithmetic::Vector factor = typename Arithmetic::Vector{} + weight[c];
+            const Vector factor = elementary::spread<Arithmetic>(weight + c);
 #pragma GCC unroll 8
             for (int x = 0; x < columns; ++x) sum[c][x] += taken[x] * factor;
           }
@@ -83,9 +87,8 @@ WEIGHTOPS_INLINE void run_strip(const Strip<typename Arithmetic::Number>& strip,
     for (int c = 0; c < outputs; ++c)
 #pragma GCC unroll 8
       for (int x = 0; x < columns; ++x)
-        Arithmetic::store(
-            to + c * strip.output_stride + x * strip.to_step,
-            sum[c][x] < strip.least ? typename Arithmetic::Vector{} + strip.least : sum[c][x]);
+        Arithmetic::store(to + c * strip.output_stride + x * strip.to_step,
+                          elementary::larger<Arithmetic>(least, sum[c][x]));
   }
 }
 
@@ -231,52 +234,57 @@ void forward_products(const Layer& layer, const Number* row, const Number* packe
     }
 }
 
+// The taps of a pool's window that lie inside, along one axis.
+struct Window {
+  int64_t place, begin, end;
+  Window(const Layer& layer, int axis, int64_t at, int64_t length)
+      : place(at * layer.stride[axis] - layer.padding[axis]), begin(0), end(layer.kernel[axis]) {
+    const int64_t step = layer.dilation[axis];
+    if (place < 0) begin = (-place + step - 1) / step;
+    if (place + (end - 1) * step >= length)
+      end = place < length ? (length - place + step - 1) / step : 0;
+  }
+};
+
 template <class Arithmetic, bool largest, class Number = typename Arithmetic::Number>
 WEIGHTOPS_INLINE void forward_pool(const Layer& layer, const Number* from, Number* out,
                                    int64_t width) {
   using Vector = typename Arithmetic::Vector;
   const Shape taken = layer.taken, made = layer.made;
-  // The taps of the window at `place` that lie inside.
-  const auto inside = [&](int axis, int64_t place, int64_t length, int64_t* begin, int64_t* end) {
-    const int64_t first = place * layer.stride[axis] - layer.padding[axis],
-                  d = layer.dilation[axis];
-    *begin = first < 0 ? (-first + d - 1) / d : 0;
-    *end = std::min(layer.kernel[axis], first < length ? (length - first + d - 1) / d : 0);
-    return first;
-  };
-  for (int64_t channel = 0; channel < taken.channels; ++channel, from += taken.pixels() * width)
-    for (int64_t y = 0; y < made.height; ++y)
+  const int64_t row = taken.width * width, down = layer.dilation[0] * row,
+                across = layer.dilation[1] * width;
+  for (int64_t channel = 0; channel < taken.channels; ++channel, from += taken.height * row)
+    for (int64_t y = 0; y < made.height; ++y) {
+      const Window rows(layer, 0, y, taken.height);
       for (int64_t x = 0; x < made.width; ++x, out += width) {
-        int64_t rows[2], columns[2];
-        const int64_t top = inside(0, y, taken.height, rows, rows + 1);
-        const int64_t left = inside(1, x, taken.width, columns, columns + 1);
-        const int64_t counted = layer.counts_padding
-                                    ? layer.kernel[0] * layer.kernel[1]
-                                    : (rows[1] - rows[0]) * (columns[1] - columns[0]);
-        const Number share = Number(1) / Number(counted);
+        const Window columns(layer, 1, x, taken.width);
+        const Number* first = from + rows.place * row + columns.place * width;
+        Number share = 1;
+        if constexpr (!largest)
+          share /= Number(layer.counts_padding
+                              ? layer.kernel[0] * layer.kernel[1]
+                              : (rows.end - rows.begin) * (columns.end - columns.begin));
         for (int64_t image = 0; image < width; image += Arithmetic::lanes) {
           Vector sum = Vector{} - (largest ? std::numeric_limits<Number>::infinity() : Number(0));
-          for (int64_t i = rows[0]; i < rows[1]; ++i)
-            for (int64_t j = columns[0]; j < columns[1]; ++j) {
-              const Vector value = Arithmetic::load(
-                  from +
-                  ((top + i * layer.dilation[0]) * taken.width + left + j * layer.dilation[1]) *
-                      width +
-                  image);
+          for (int64_t i = rows.begin; i < rows.end; ++i)
+            for (int64_t j = columns.begin; j < columns.end; ++j) {
+              const Vector value = Arithmetic::load(first + i * down + j * across + image);
               if constexpr (largest)
-                sum = (value > sum) | (value != value) ? value : sum;
+                sum = elementary::larger_or_nan<Arithmetic>(sum, value);
               else
                 sum += value;
             }
           Arithmetic::store(out + image, largest ? sum : sum * share);
         }
       }
+    }
 }
 
 template <class Arithmetic, Kind kind>
 WEIGHTOPS_INLINE typename Arithmetic::Vector activate(const typename Arithmetic::Vector& x) {
   using Number = typename Arithmetic::Number;
-  if constexpr (kind == Kind::relu) return x < 0 ? typename Arithmetic::Vector{} : x;
+  if constexpr (kind == Kind::relu)
+    return elementary::larger<Arithmetic>(typename Arithmetic::Vector{}, x);
   if constexpr (kind == Kind::silu) return x * elementary::sigmoid<Arithmetic>(x);
   if constexpr (kind == Kind::gelu) return x * elementary::normal<Arithmetic>(x);
   if constexpr (kind == Kind::tanh) return elementary::tanh<Arithmetic>(x);
