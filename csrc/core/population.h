@@ -3,6 +3,7 @@
 #pragma once
 
 #include <functional>
+#include <optional>
 
 #include "buffer.h"
 #include "population_schedule.h"
@@ -93,10 +94,19 @@ struct Reduction {
           square[i] =
               Arithmetic::load(logits + (k + std::min<int64_t>(i, columns - 1)) * width + image);
         Arithmetic::transpose(square);
-        Number tile[lanes * lanes];
-        for (int i = 0; i < lanes; ++i) Arithmetic::store(tile + i * lanes, square[i]);
-        for (int64_t i = 0; i < rows; ++i)
-          std::copy_n(tile + i * lanes, columns, to + (image + i) * outputs + k);
+        for (int64_t i = 0; i < rows; ++i) {
+          Number* row = to + (image + i) * outputs + k;
+          // What is written too much belongs to the next row, and is overwritten by that.
+          const bool fits = columns == lanes ||
+                            (outputs < lanes && (image + i) * outputs + lanes <= images * outputs);
+          if (fits) {
+            Arithmetic::store(row, square[i]);
+          } else {
+            Number tile[lanes];
+            Arithmetic::store(tile, square[i]);
+            std::copy_n(tile, columns, row);
+          }
+        }
       }
     }
   }
@@ -182,6 +192,11 @@ void run_items(const Task<Number>& task, const Schedule& schedule, const Cut<Ari
   Number* block = room_of<Number, 1>(plan.taken * width);
   Number* room = room_of<Number, 2>(schedule.room * width);
   Number* workspace = room_of<Number, 3>(working);
+  std::vector<std::optional<Products<Arithmetic>>> products(schedule.steps.size());
+  for (size_t s = 0; s < products.size(); ++s) {
+    const Layer& layer = plan.layers[schedule.steps[s].layer];
+    if (packed_size(layer) > 0) products[s].emplace(layer, width);
+  }
   int64_t ready = -1;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t first = item / cut.blocks * cut.group, place = item % cut.blocks;
@@ -200,22 +215,28 @@ void run_items(const Task<Number>& task, const Schedule& schedule, const Cut<Ari
     });
     for (int64_t n = 0; n < networks; ++n) {
       const int64_t network = first + n;
-      for (const auto& step : schedule.steps) {
+      const Number *row = task.flat + network * task.flat_stride,
+                   *weights = packed + n * schedule.packed;
+      for (size_t s = 0; s < products.size(); ++s) {
+        const auto& step = schedule.steps[s];
         const auto at = [&](int64_t place) { return place < 0 ? block : room + place * width; };
         const Number* inputs[] = {at(step.inputs[0]), at(step.inputs[1])};
-        forward_layer<Arithmetic>(plan.layers[step.layer], task.flat + network * task.flat_stride,
-                                  packed + n * schedule.packed + step.packed, inputs, at(step.out),
-                                  width, workspace, step.rectify);
+        if (products[s])
+          products[s]->run(row, weights + step.packed, inputs[0], at(step.out), workspace,
+                           step.rectify);
+        else
+          forward_layer<Arithmetic>(plan.layers[step.layer], row, weights, inputs, at(step.out),
+                                    width, workspace);
       }
       const Reduction<Arithmetic> reduction{room + schedule.steps.back().out * width, outputs,
                                             width, images};
-      const int64_t target = network * task.target_stride, row = network * task.samples + sample;
+      const int64_t target = network * task.target_stride, at = network * task.samples + sample;
       enter<Arithmetic::bytes>([&]() __attribute__((always_inline)) {
         if (task.reduce == Reduce::logits)
-          reduction.write(task.out + row * outputs);
+          reduction.write(task.out + at * outputs);
         else if (task.reduce != Reduce::loss)
           sums[network * cut.blocks + place] = reduction.count_wrong(
-              task.classes + target + sample, task.wrong ? task.wrong + row : nullptr);
+              task.classes + target + sample, task.wrong ? task.wrong + at : nullptr);
         else
           sums[network * cut.blocks + place] =
               task.values ? reduction.squared_error(task.values + target + sample * outputs)

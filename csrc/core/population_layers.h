@@ -129,14 +129,15 @@ inline int64_t packed_size(const Layer& layer) {
   return weighs ? layer.weight_size() : 0;
 }
 
-// A convolution, or a linear layer as one: `taps` numbers of a weight for each output.
-struct Products {
+// How the outputs of a convolution, or of a linear layer, are cut: `taps` numbers of a weight each.
+struct Outputs {
   int64_t groups, outputs, taps;  // of one group
-  explicit Products(const Layer& layer) {
-    groups = layer.kind == Kind::conv ? layer.groups : 1;
-    outputs = layer.made.channels / groups;
-    taps = layer.weight_size() / layer.made.channels;
-  }
+  Parts chunks;
+  Outputs(const Layer& layer, int64_t most)
+      : groups(layer.kind == Kind::conv ? layer.groups : 1),
+        outputs(layer.made.channels / groups),
+        taps(layer.weight_size() / layer.made.channels),
+        chunks(outputs, most) {}
 };
 
 // The weights of a layer in one network's row, in the order in which forward_layer reads them:
@@ -144,15 +145,14 @@ struct Products {
 template <class Arithmetic, class Number = typename Arithmetic::Number>
 void pack_layer(const Layer& layer, const Number* row, Number* packed) {
   if (packed_size(layer) == 0) return;
-  const Products products(layer);
-  const Parts chunks(products.outputs, Tile<Arithmetic::bytes>::outputs);
+  const Outputs all(layer, Tile<Arithmetic::bytes>::outputs);
   const Number* weight = row + layer.weight;
-  for (int64_t group = 0; group < products.groups; ++group)
-    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-      const int64_t size = chunks.length(chunk);
-      for (int64_t tap = 0; tap < products.taps; ++tap)
-        for (int64_t c = 0; c < size; ++c) *packed++ = weight[c * products.taps + tap];
-      weight += size * products.taps;
+  for (int64_t group = 0; group < all.groups; ++group)
+    for (int64_t chunk = 0; chunk < all.chunks.count; ++chunk) {
+      const int64_t size = all.chunks.length(chunk);
+      for (int64_t tap = 0; tap < all.taps; ++tap)
+        for (int64_t c = 0; c < size; ++c) *packed++ = weight[c * all.taps + tap];
+      weight += size * all.taps;
     }
 }
 
@@ -171,68 +171,91 @@ void pad(const Layer& layer, const Number* from, int64_t width, Number* to) {
   }
 }
 
-template <class Arithmetic, class Number = typename Arithmetic::Number>
-void forward_products(const Layer& layer, const Number* row, const Number* packed,
-                      const Number* from, Number* out, int64_t width, Number* workspace,
-                      bool rectify) {
-  constexpr int bytes = Arithmetic::bytes;
-  const Products products(layer);
-  Strip<Number> strip{};
-  strip.least = rectify ? 0 : -std::numeric_limits<Number>::infinity();
-  Shape taken = layer.taken, made = layer.made;
-  int64_t stride[2] = {1, 1};
-  if (layer.kind == Kind::linear) {
-    taken = {1, 1, layer.taken.numel()};
-    strip.taps[0] = strip.taps[1] = 1;
-    strip.taps[2] = taken.width;
-    strip.tap_strides[2] = width;
-  } else {
-    if (workspace_size(layer, width) > 0) {
-      pad(layer, from, width, workspace);
-      from = workspace;
-      taken.height += 2 * layer.padding[0];
-      taken.width += 2 * layer.padding[1];
+// A linear layer or a convolution on blocks of one width: what does not depend on the network.
+template <class Arithmetic>
+class Products {
+  using Number = typename Arithmetic::Number;
+  using Limits = Tile<Arithmetic::bytes>;
+
+ public:
+  Products(const Layer& given, int64_t block)
+      : layer_(given), width_(block), all_(given, Limits::outputs), strip_{} {
+    Shape taken = layer_.taken;
+    int64_t across = 1;
+    if (layer_.kind == Kind::linear) {
+      strip_.taps[0] = strip_.taps[1] = 1;
+      strip_.taps[2] = taken.numel();
+      strip_.tap_strides[2] = width_;
+    } else {
+      taken.height += 2 * layer_.padding[0];
+      taken.width += 2 * layer_.padding[1];
+      across = layer_.stride[1];
+      down_ = layer_.stride[0] * taken.width * width_;
+      strip_.taps[0] = taken.channels / all_.groups;
+      strip_.tap_strides[0] = taken.pixels() * width_;
+      strip_.taps[1] = layer_.kernel[0];
+      strip_.tap_strides[1] = layer_.dilation[0] * taken.width * width_;
+      strip_.taps[2] = layer_.kernel[1];
+      strip_.tap_strides[2] = layer_.dilation[1] * width_;
     }
-    std::copy_n(layer.stride, 2, stride);
-    strip.taps[0] = taken.channels / products.groups;
-    strip.tap_strides[0] = taken.pixels() * width;
-    strip.taps[1] = layer.kernel[0];
-    strip.tap_strides[1] = layer.dilation[0] * taken.width * width;
-    strip.taps[2] = layer.kernel[1];
-    strip.tap_strides[2] = layer.dilation[1] * width;
+    strip_.output_stride = layer_.made.pixels() * width_;
+    // Columns are pixels of a row, or vectors of images where there are more of those.
+    const int64_t vectors = width_ / Arithmetic::lanes, pixels = layer_.made.width;
+    const bool images = vectors >= pixels;
+    columns_ = images ? vectors : pixels;
+    others_ = images ? pixels : vectors;
+    strip_.step = other_step_ = Arithmetic::lanes;
+    strip_.to_step = other_to_step_ = Arithmetic::lanes;
+    (images ? other_step_ : strip_.step) = across * width_;
+    (images ? other_to_step_ : strip_.to_step) = width_;
+    for (int more = 0; more < 2; ++more) {
+      const int64_t outputs = all_.chunks.size + more;
+      const Parts tiles(columns_, Limits::columns(outputs));
+      for (int wider = 0; wider < 2; ++wider)
+        kernels_[more][wider] = strip_kernel<Arithmetic>(outputs, tiles.size + wider);
+    }
   }
-  strip.output_stride = made.pixels() * width;
-  // Columns are pixels of a row, or vectors of images where there are more of those.
-  const int64_t vectors = width / Arithmetic::lanes;
-  const bool images = vectors >= made.width;
-  const int64_t columns = images ? vectors : made.width, others = images ? made.width : vectors;
-  strip.step = images ? Arithmetic::lanes : stride[1] * width;
-  strip.to_step = images ? Arithmetic::lanes : width;
-  const int64_t other_step = images ? stride[1] * width : Arithmetic::lanes;
-  const int64_t other_to_step = images ? width : Arithmetic::lanes;
-  const Parts chunks(products.outputs, Tile<bytes>::outputs);
-  for (int64_t group = 0; group < products.groups; ++group)
-    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-      const int64_t size = chunks.length(chunk);
-      const int64_t output = group * products.outputs + chunks.begin(chunk);
-      const Parts tiles(columns, Tile<bytes>::columns(size));
-      const auto narrow = strip_kernel<Arithmetic>(size, tiles.size),
-                 broad = strip_kernel<Arithmetic>(size, tiles.size + 1);
-      strip.weight = packed + output * products.taps;
-      strip.bias = layer.bias < 0 ? nullptr : row + layer.bias + output;
-      const Number* channels = from + group * strip.taps[0] * strip.tap_strides[0];
-      for (int64_t y = 0; y < made.height; ++y)
-        for (int64_t other = 0; other < others; ++other) {
-          strip.from = channels + y * stride[0] * taken.width * width + other * other_step;
-          strip.to =
-              out + output * strip.output_stride + y * made.width * width + other * other_to_step;
-          if (tiles.larger > 0) broad(strip, tiles.larger);
-          strip.from += tiles.larger * (tiles.size + 1) * strip.step;
-          strip.to += tiles.larger * (tiles.size + 1) * strip.to_step;
-          if (tiles.larger < tiles.count) narrow(strip, tiles.count - tiles.larger);
-        }
+
+  void run(const Number* row, const Number* packed, const Number* from, Number* out,
+           Number* workspace, bool rectify) const {
+    if (workspace_size(layer_, width_) > 0) {
+      pad(layer_, from, width_, workspace);
+      from = workspace;
     }
-}
+    Strip<Number> strip = strip_;
+    strip.least = rectify ? 0 : -std::numeric_limits<Number>::infinity();
+    strip.weight = packed;
+    int64_t output = 0;
+    for (int64_t group = 0; group < all_.groups; ++group)
+      for (int64_t chunk = 0; chunk < all_.chunks.count; ++chunk) {
+        const int64_t outputs = all_.chunks.length(chunk);
+        const Parts tiles(columns_, Limits::columns(outputs));
+        const auto& kernels = kernels_[outputs - all_.chunks.size];
+        strip.bias = layer_.bias < 0 ? nullptr : row + layer_.bias + output;
+        for (int64_t y = 0; y < layer_.made.height; ++y)
+          for (int64_t other = 0; other < others_; ++other) {
+            strip.from = from + group * strip.taps[0] * strip.tap_strides[0] + y * down_ +
+                         other * other_step_;
+            strip.to = out + output * strip.output_stride + y * layer_.made.width * width_ +
+                       other * other_to_step_;
+            if (tiles.larger > 0) kernels[1](strip, tiles.larger);
+            strip.from += tiles.larger * (tiles.size + 1) * strip.step;
+            strip.to += tiles.larger * (tiles.size + 1) * strip.to_step;
+            kernels[0](strip, tiles.count - tiles.larger);
+          }
+        output += outputs;
+        strip.weight += outputs * all_.taps;
+      }
+  }
+
+ private:
+  Layer layer_;
+  int64_t width_;
+  Outputs all_;
+  Strip<Number> strip_;
+  int64_t down_ = 0, columns_, others_, other_step_, other_to_step_;
+  StripKernel<Number> kernels_[2][2];
+};
 
 // The taps of a pool's window that lie inside, along one axis.
 struct Window {
@@ -392,8 +415,7 @@ void forward_layer(const Layer& layer, const Number* row, const Number* packed,
                    const Number* const inputs[2], Number* out, int64_t width, Number* workspace,
                    bool rectify = false) {
   if (layer.kind == Kind::linear || layer.kind == Kind::conv)
-    return forward_products<Arithmetic>(layer, row, packed, inputs[0], out, width, workspace,
-                                        rectify);
+    return Products<Arithmetic>(layer, width).run(row, packed, inputs[0], out, workspace, rectify);
   enter<Arithmetic::bytes>([&]() __attribute__((always_inline)) {
     forward_other<Arithmetic>(layer, row, inputs, out, width);
   });
