@@ -22,12 +22,15 @@ from weightops import (
     merge,
     permute,
     permute_axes,
+    population_forward,
+    population_loss,
     synthesize,
     synthesize_update_,
     testing,
     trace,
     verify,
 )
+from weightops.population import overlap
 
 SPEC = WeightSpec(
     {"w1": ("h", None), "b": ("h",), "w2": (("k", None), "h")},
@@ -84,6 +87,7 @@ MODEL, READ = (
     WeightSpec(SPEC.axes | {"w2": (None, "h")}, SPEC.shapes),
 )
 EXAMPLES, TARGETS = torch.randn(5, 2), torch.tensor([0, 3, 1, 2, 0])
+LAYER, LAYERS, CLASSES = nn.Linear(2, 3), torch.randn(2, 9), torch.tensor([0, 2, 1, 0, 2])
 EVALUATED = {
     **{"inputs": EXAMPLES, "targets": TARGETS, "points": 2, "loss": None, "batch_size": 5},
     **{"norm_inputs": None, "norm": "reset", "progress": False},
@@ -169,6 +173,18 @@ VALID: dict[str, tuple[Callable, dict[str, Any]]] = {
         align.barrier_simplex,
         {"model": MODEL, "spec": SPEC, "corners": FLAT, "weights": None, **EVALUATED},
     ),
+    "population_forward": (
+        population_forward,
+        {
+            **{"flat": LAYERS, "spec_or_model": LAYER, "x": EXAMPLES},
+            **{"reduce": "accuracy", "targets": CLASSES},
+        },
+    ),
+    "population_loss": (
+        population_loss,
+        {"flat": LAYERS, "spec_or_model": LAYER, "x": EXAMPLES, "targets": CLASSES},
+    ),
+    "overlap": (overlap, {"errors": torch.rand(2, 5) > 0.5}),
     "from_git_rebasin": (
         WeightSpec.from_git_rebasin,
         {"permutations": {"h": [("w1", 0), ("b", 0), ("w2", 1)]}, "shapes": SPEC.shapes},
@@ -272,6 +288,33 @@ def not_this(name: str, shape: str, valid: Tensor, other: str, tail: str = "") -
     ]
 
 
+BAD_POPULATION: dict[str, list[tuple[Any, type, str]]] = {
+    "flat": [
+        ([1.0], TYPE, r"flat must be a tensor \[N, P\], not list"),
+        (LAYERS[0], VALUE, r"flat must have shape \[N, P\], not \[9\]"),
+        (LAYERS[:, 1:], VALUE, "flat has shape .2, 8., but the architecture has 9 weights"),
+        (LAYERS.half(), TYPE, "flat must be float32 or float64, not torch.float16"),
+        (LAYERS.double(), TYPE, "x must be torch.float64 as flat, not torch.float32"),
+    ],
+    "spec_or_model": [
+        (3, TYPE, "spec_or_model must be a module or a traced spec, not int 3"),
+        (SPEC, VALUE, "spec_or_model has no layers: .* pass the model"),
+        (nn.Linear(3, 3), VALUE, "torch.export can't export Linear"),
+    ],
+    "x": [
+        ([1.0], TYPE, r"x must be a tensor \[B, ...\] or \[N, B, ...\], not list"),
+        (EXAMPLES[0], VALUE, r"x must have shape \[B, ...\] or \[N, B, ...\], not \[2\]"),
+        (EXAMPLES[:4], VALUE, r"targets must have shape \[4\] or \[2, 4\]"),
+        (EXAMPLES.to("meta"), VALUE, "x is on meta, but flat is on cpu"),
+    ],
+    "targets": [
+        (None, TYPE, "targets must be a tensor"),
+        (CLASSES + 1, VALUE, r"targets must lie in 0..2, given 1 to 3"),
+        (CLASSES.int(), TYPE, "targets must be classes of dtype int64"),
+        (CLASSES[:4], VALUE, r"targets must have shape \[5\] or \[2, 5\]"),
+        (CLASSES.to("meta"), VALUE, "targets is on meta, but flat is on cpu"),
+    ],
+}
 FLOATS = "must be float16, bfloat16, float32 or float64, not"
 LIKE_X = "must be torch.float32 as x, not"
 
@@ -780,6 +823,20 @@ SWEEP |= {
         ([3], TYPE, "permutations must map tensors to permutations, or .* not list"),
         ({"h": 3}, TYPE, r"permutations\['h'\] must be a list, not int 3"),
         ({"h": [("z", 0)]}, VALUE, r"permutations has \['z'\], which shapes lacks"),
+    ],
+    **{
+        (where, argument): cases
+        for where in ("population_forward", "population_loss")
+        for argument, cases in BAD_POPULATION.items()
+    },
+    ("population_forward", "reduce"): [
+        ("mean", VALUE, "reduce must be one of 'logits', 'loss', 'accuracy', 'errors', not 'mean'"),
+        ("logits", VALUE, "targets are for reduce="),
+    ],
+    ("overlap", "errors"): [
+        ([True], TYPE, r"errors must be a tensor \[N, B\], not list"),
+        (torch.zeros(2, 5), TYPE, "errors must be bool, not torch.float32"),
+        (torch.zeros(5).bool(), VALUE, r"errors must have shape \[N, B\], not \[5\]"),
     ],
     ("from_git_rebasin", "shapes"): [
         (None, TYPE, "shapes must be a module, a state dict or map names to shapes, not NoneType")
