@@ -154,12 +154,19 @@ def _trace(where: str, model: nn.Module, flat: Tensor, x: Tensor) -> Runner:
             return Runner(numel, shared, prod(program.made), program, code)
         if fallback is None:
             call = _caller(model, weights, offsets)
-            outputs = exported.graph.output_node().args[0][0]
-            made = prod(outputs.meta["val"].shape[1:])
+            made = _outputs(where, exported)
             fallback = Runner(numel, shared, made, reason=program, call=call)
     if fallback is None:
         raise faults[0]
     return fallback
+
+
+def _outputs(where: str, exported: torch.export.ExportedProgram) -> int:
+    (outputs,) = exported.graph.output_node().args
+    values = [each.meta.get("val") for each in outputs if hasattr(each, "meta")]
+    if len(values) != 1 or not isinstance(values[0], Tensor) or values[0].dim() == 0:
+        raise ValueError(f"{where}: spec_or_model must return one tensor [B, ...]")
+    return prod(values[0].shape[1:])
 
 
 def _caller(
