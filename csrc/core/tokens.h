@@ -49,6 +49,7 @@ struct Plan {
     if (plan.size < 1) throw std::length_error("tokens have no room");
     for (int64_t groups = next(); groups > 0; --groups) {
       Group group{next(), 0, 0, plan.count, plan.pieces.size(), 0};
+      if (group.rows < 0) throw std::length_error("a piece lies outside the network");
       for (int64_t pieces = next(); pieces > 0; --pieces) {
         Piece piece{next(), next(), next(), group.length, plan.groups.size()};
         if (piece.tensor < 0 || piece.tensor >= plan.tensors || piece.offset < 0 ||

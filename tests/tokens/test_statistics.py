@@ -117,6 +117,20 @@ def test_what_is_not_finite_is_refused_by_place_and_leaves_no_trace() -> None:
     assert torch.equal(found.mean, torch.ones(4, dtype=torch.float64))
 
 
+def test_no_networks_and_no_weights() -> None:
+    assert tokens.statistics(torch.ones(0, MLP.numel), MLP).count == 0
+    for spec in (WeightSpec({}, {}), WeightSpec({"w": ("a", None)}, {"w": (3, 0)})):
+        for per in ("layer", "all"):
+            found = tokens.statistics(torch.ones(2, 0), spec, per=per)
+            assert found.count == 2
+            assert not found.mean.any()
+            assert not found.std.any()
+        plan = TokenPlan(spec, "channel", size=3)
+        packed = tokens.pack(torch.ones(2, 0), plan, statistics=found)
+        assert packed.shape == (2, 0, 3)
+        assert tokens.unpack(packed, plan, statistics=found).shape == (2, 0)
+
+
 def test_gradients_are_not_recorded() -> None:
     flat = torch.randn(2, MLP.numel, requires_grad=True)
     found = tokens.statistics(flat, MLP)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from weightops import _check
 from weightops.ops.tokens import token_pack, token_unpack
-from weightops.tokens.plan import TokenPlan, check_spec, code_of
+from weightops.tokens._arguments import check_networks, check_numbers, check_spec
+from weightops.tokens.plan import TokenPlan, code_of
 from weightops.tokens.statistics import Statistics
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def pack(flat: Tensor, plan: TokenPlan, *, statistics: Statistics | None = None) -> Tensor:
@@ -32,10 +30,8 @@ def pack(flat: Tensor, plan: TokenPlan, *, statistics: Statistics | None = None)
         ValueError: shapes do not fit, or ``statistics`` are of another spec or of no network.
         TypeError: an argument has the wrong type or dtype.
     """
-    _check_arguments("pack", "flat", flat, plan, statistics)
-    if flat.dim() not in (1, 2):
-        raise ValueError(f"pack: flat must have shape [N, P] or [P], not {list(flat.shape)}")
-    plan.spec.check_flat("pack", flat)
+    _check_plan("pack", plan, statistics)
+    check_networks("pack", flat, plan.spec)
     shift, scale = (None, None) if statistics is None else statistics._factors(flat, inverse=True)
     one = flat.dim() == 1
     packed = token_pack(flat[None] if one else flat, shift, scale, code_of(plan))
@@ -59,7 +55,8 @@ def unpack(tokens: Tensor, plan: TokenPlan, *, statistics: Statistics | None = N
         ValueError: shapes do not fit, or ``statistics`` are of another spec or of no network.
         TypeError: an argument has the wrong type or dtype.
     """
-    _check_arguments("unpack", "tokens", tokens, plan, statistics)
+    _check_plan("unpack", plan, statistics)
+    check_numbers("unpack", "tokens", tokens, "[N, T, D] or [T, D]")
     if tokens.dim() not in (2, 3):
         raise ValueError(
             f"unpack: tokens must have shape [N, T, D] or [T, D], not {list(tokens.shape)}"
@@ -75,15 +72,9 @@ def unpack(tokens: Tensor, plan: TokenPlan, *, statistics: Statistics | None = N
     return flat[0] if one else flat
 
 
-def _check_arguments(where: str, name: str, value: Any, plan: Any, statistics: Any) -> None:
+def _check_plan(where: str, plan: Any, statistics: Any) -> None:
     if not isinstance(plan, TokenPlan):
         raise TypeError(f"{where}: plan must be a TokenPlan, not {_check.describe(plan)}")
-    shape = "[N, P] or [P]" if name == "flat" else "[N, T, D] or [T, D]"
-    _check.tensor(where, name, value, shape)
-    if value.dtype not in DTYPES:
-        raise TypeError(
-            f"{where}: {name} must be float16, bfloat16, float32 or float64, not {value.dtype}"
-        )
     if statistics is None:
         return
     if not isinstance(statistics, Statistics):

@@ -6,9 +6,7 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterator
-from itertools import chain
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +15,7 @@ from weightops import _check
 from weightops.ops.tokens import reference
 from weightops.ops.tokens.plan import Piece, decode, encode
 from weightops.spec import WeightSpec
+from weightops.tokens._arguments import read_json
 
 KINDS = ("network", "chunk", "layer", "channel")
 
@@ -207,35 +206,6 @@ def _layers(spec: WeightSpec) -> Iterator[tuple[str, ...]]:
         else:
             layers[joined].append(name)
     return map(tuple, layers)
-
-
-def read_json(where: str, what: str, text: Any, spec: Any) -> dict[str, Any]:
-    """The object in ``text``, its ``"spec"`` read, which has to equal ``spec`` where one is given."""
-    if not isinstance(text, str):
-        raise TypeError(f"{where}: text must be a string, not {_check.describe(text)}")
-    if spec is not None and not isinstance(spec, WeightSpec):
-        raise TypeError(f"{where}: spec must be a WeightSpec or None, not {_check.describe(spec)}")
-    try:
-        data = json.loads(text)
-        data["spec"] = WeightSpec.from_json(json.dumps(data["spec"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}: text is not {what}: {error!r}") from None
-    if spec is not None:
-        check_spec(where, "text is", data["spec"], spec)
-    return data
-
-
-def check_spec(where: str, given: str, of: WeightSpec, spec: WeightSpec) -> None:
-    """Raise where what is ``given`` is of another spec than ``spec``, naming the first difference."""
-    if of == spec:
-        return
-    ours, theirs = (
-        {name: (shape, each.axes[name]) for name, shape in each.shapes.items()}
-        for each in (spec, of)
-    )
-    names = (name for name in chain(ours, theirs) if ours.get(name) != theirs.get(name))
-    differs = next(names, "the order of tensors or the sizes of labels")
-    raise ValueError(f"{where}: {given} of another spec: they differ in {differs}")
 
 
 def code_of(plan: TokenPlan) -> list[int]:

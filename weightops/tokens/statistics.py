@@ -11,10 +11,10 @@ from torch import Tensor
 from weightops import _check
 from weightops.ops.tokens import token_moments
 from weightops.spec import WeightSpec
-from weightops.tokens.plan import TokenPlan, read_json
+from weightops.tokens._arguments import check_networks, read_json
+from weightops.tokens.plan import TokenPlan
 
 PER = ("layer", "all")
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: networks whose moments are held at once
 _BATCH = 1024
 
@@ -39,7 +39,7 @@ class Statistics:
     """
 
     def __init__(self, spec: WeightSpec | TokenPlan, *, per: str = "layer") -> None:
-        self._spec = _read_spec("Statistics", "spec", spec)
+        self._spec = _spec_of("Statistics", spec)
         _check.choice("Statistics", "per", per, PER)
         self._per = per
         self._count = 0
@@ -84,17 +84,10 @@ class Statistics:
         return self
 
     def _add(self, where: str, flat: Tensor) -> None:
-        _check.tensor(where, "flat", flat, "[N, P] or [P]")
-        if flat.dim() not in (1, 2):
-            raise ValueError(f"{where}: flat must have shape [N, P] or [P], not {list(flat.shape)}")
-        self._spec.check_flat(where, flat)
-        if flat.dtype not in _DTYPES:
-            raise TypeError(
-                f"{where}: flat must be float16, bfloat16, float32 or float64, not {flat.dtype}"
-            )
+        check_networks(where, flat, self._spec)
         if flat.is_meta:
             raise ValueError(f"{where}: flat is on meta, where tensors hold no values")
-        rows = flat.detach().reshape(-1, self._spec.numel)
+        rows = flat.detach() if flat.dim() == 2 else flat.detach()[None]
         sizes = torch.tensor(self._sizes, dtype=torch.float64)
         count, mean, squares = self._count, self._mean, self._squares
         for batch in rows.split(_BATCH):
@@ -170,7 +163,9 @@ class Statistics:
                 if values.shape != found._mean.shape or not torch.isfinite(values).all():
                     raise ValueError(f"{name} must be {len(found._sizes)} finite numbers")
                 setattr(found, f"_{name}", values)
-        except (KeyError, TypeError, ValueError) as error:
+            if (found._squares < 0).any():
+                raise ValueError("squares must not be negative")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{where}: text is not Statistics: {error!r}") from None
         return found
 
@@ -199,18 +194,18 @@ def statistics(flat: Tensor, spec: WeightSpec | TokenPlan, *, per: str = "layer"
         TypeError: an argument has the wrong type or dtype.
     """
     where = "statistics"
-    spec = _read_spec(where, "spec", spec)
+    spec = _spec_of(where, spec)
     _check.choice(where, "per", per, PER)
     found = Statistics(spec, per=per)
     found._add(where, flat)
     return found
 
 
-def _read_spec(where: str, name: str, value: WeightSpec | TokenPlan) -> WeightSpec:
-    if isinstance(value, TokenPlan):
-        return value.spec
-    if not isinstance(value, WeightSpec):
+def _spec_of(where: str, spec: WeightSpec | TokenPlan) -> WeightSpec:
+    if isinstance(spec, TokenPlan):
+        return spec.spec
+    if not isinstance(spec, WeightSpec):
         raise TypeError(
-            f"{where}: {name} must be a WeightSpec or a TokenPlan, not {_check.describe(value)}"
+            f"{where}: spec must be a WeightSpec or a TokenPlan, not {_check.describe(spec)}"
         )
-    return value
+    return spec
