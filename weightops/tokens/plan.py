@@ -25,8 +25,9 @@ class TokenPlan:
 
     ``"network"``: one token, the whole vector. ``"chunk"``: the whole vector in pieces of D.
     ``"layer"``: each layer's weights in pieces of D. ``"channel"``: one token for each output channel
-    of a layer, its row of each of the layer's tensors; longer rows are several tokens (SANE,
-    Schürholt et al. 2024, section 3). What does not fill its last token is padded with zeros.
+    of a layer, its row of each of the layer's tensors; longer rows are several tokens (Schürholt et al.
+    2024, section 3, where the parameters of a norm are tokens of their own). What does not fill its last
+    token is padded with zeros.
 
     A *layer* is a tensor with the vectors that belong to its channels, such as its bias and the scale,
     shift and running statistics of a norm: vectors that stand behind it in the spec and have its first
