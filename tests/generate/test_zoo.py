@@ -154,11 +154,11 @@ def test_a_selection_is_a_zoo_of_its_networks(tmp_path: Path) -> None:
     one = part.select(task=2, accuracy=ACCURACY[5])
     assert torch.equal(one[:], FLAT[5:6])
     assert len(zoo) == 10
-    with pytest.raises(ValueError, match=r"^select: no network of the zoo has \{'task': 1\}"):
+    with pytest.raises(ValueError, match=r"^Zoo.select: no network of the zoo has \{'task': 1\}"):
         part.select(task=1)
-    with pytest.raises(ValueError, match=r"^select: the zoo has metadata .* not 'tasks'"):
+    with pytest.raises(ValueError, match=r"^Zoo.select: the zoo has metadata .* not 'tasks'"):
         part.select(tasks=1)
-    with pytest.raises(TypeError, match=r"^select: task can't be compared with str 'a'"):
+    with pytest.raises(TypeError, match=r"^Zoo.select: task can't be compared with str 'a'"):
         part.select(task="a")
 
 
@@ -166,7 +166,7 @@ def test_a_selection_compares_numbers_in_the_metadata_s_precision(tmp_path: Path
     with ZooWriter(tmp_path, SPEC) as writer:
         writer.add(FLAT[:2], rate=torch.tensor([0.1, 0.2], dtype=torch.float64), seed=[0, 1])
     assert torch.equal(Zoo(tmp_path).select(rate=0.1)[:], FLAT[:1])
-    with pytest.raises(ValueError, match=r"^select: no network"):
+    with pytest.raises(ValueError, match=r"^Zoo.select: no network"):
         Zoo(tmp_path).select(seed=0.5)
 
 
@@ -267,9 +267,11 @@ def test_a_write_that_fails_at_any_rename_leaves_the_zoo_as_it_was(
 
     monkeypatch.setattr(os, "replace", failing)
     # Four shards and zoo.json, which comes last.
-    with pytest.raises((ValueError, KeyboardInterrupt)) as raised:
-        with ZooWriter(tmp_path, SPEC, shard_size=2) as writer:
-            writer.add(FLAT[:7])
+    with (
+        pytest.raises((ValueError, KeyboardInterrupt)) as raised,
+        ZooWriter(tmp_path, SPEC, shard_size=2) as writer,
+    ):
+        writer.add(FLAT[:7])
     assert len(calls) == call
     if isinstance(error, OSError):
         assert raised.match(r"^ZooWriter: .*: can't be written: No space left on device")
@@ -283,14 +285,16 @@ def test_a_failing_shard_can_not_be_passed_over(
     def failing(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(ValueError, match=r"^ZooWriter: a shard could not be written"):
-        with ZooWriter(tmp_path, SPEC, shard_size=2) as writer:
-            writer.add(FLAT[:3])
-            monkeypatch.setattr(writing, "_sync", failing)
-            with pytest.raises(ValueError, match=r"can't be written: No space left"):
-                writer.add(FLAT[3:6])
-            with pytest.raises(ValueError, match=r"^add: the writer is not open"):
-                writer.add(FLAT[6:])
+    with (
+        pytest.raises(ValueError, match=r"^ZooWriter: a shard could not be written"),
+        ZooWriter(tmp_path, SPEC, shard_size=2) as writer,
+    ):
+        writer.add(FLAT[:3])
+        monkeypatch.setattr(writing, "_sync", failing)
+        with pytest.raises(ValueError, match=r"can't be written: No space left"):
+            writer.add(FLAT[3:6])
+        with pytest.raises(ValueError, match=r"^add: the writer is not open"):
+            writer.add(FLAT[6:])
     assert files(tmp_path) == zoo_before
 
 
@@ -336,9 +340,11 @@ def test_a_killed_writer_leaves_a_whole_zoo_and_the_next_one_cleans_up(
 
 
 def test_a_writer_that_got_nothing_writes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^ZooWriter: no network was added"):
-        with ZooWriter(tmp_path / "zoo", SPEC):
-            pass
+    with (
+        pytest.raises(ValueError, match=r"^ZooWriter: no network was added"),
+        ZooWriter(tmp_path / "zoo", SPEC),
+    ):
+        pass
     assert files(tmp_path) == {}
 
 
@@ -380,15 +386,19 @@ def test_what_does_not_fit_is_not_added(tmp_path: Path, call: dict, error: type,
 
 
 def test_names_of_the_zoo_s_own_are_no_metadata(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^add: checksum is a name of the zoo's own"):
-        with ZooWriter(tmp_path, SPEC) as writer:
-            writer.add(FLAT, checksum=1)
+    with (
+        pytest.raises(ValueError, match=r"^add: checksum is a name of the zoo's own"),
+        ZooWriter(tmp_path, SPEC) as writer,
+    ):
+        writer.add(FLAT, checksum=1)
 
 
 def test_a_declared_label_is_asked_for_in_the_first_call(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^add: task is missing"):
-        with ZooWriter(tmp_path, SPEC, classes={"task": 3}) as writer:
-            writer.add(FLAT)
+    with (
+        pytest.raises(ValueError, match=r"^add: task is missing"),
+        ZooWriter(tmp_path, SPEC, classes={"task": 3}) as writer,
+    ):
+        writer.add(FLAT)
 
 
 def test_nothing_is_added_outside_the_with_statement(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ class Zoo:
             order = torch.randperm(len(self), generator=torch.Generator().manual_seed(shuffle))
         return (
             (self[index], {key: values[index] for key, values in self.metadata.items()})
-            for index in order.split(size)
+            for index in order.split(min(size, len(self)))
         )
 
     def select(self, **metadata: Any) -> Zoo:
@@ -191,20 +191,22 @@ class Zoo:
         fits = torch.ones(len(self), dtype=torch.bool)
         for key, value in metadata.items():
             if key not in self.metadata:
-                raise ValueError(f"select: the zoo has metadata {list(self.metadata)}, not {key!r}")
+                raise ValueError(
+                    f"Zoo.select: the zoo has metadata {list(self.metadata)}, not {key!r}"
+                )
             held = self.metadata[key]
             if held.dim() != 1:
-                raise ValueError(f"select: {key} has shape {list(held.shape)}, not [N]")
+                raise ValueError(f"Zoo.select: {key} has shape {list(held.shape)}, not [N]")
             try:
                 # A number of Python's would become float32, which equals few numbers of float64.
                 dtype = held.dtype if held.is_floating_point() else None
                 fits &= torch.isin(held, torch.as_tensor(value, dtype=dtype).cpu())
             except (TypeError, ValueError, RuntimeError, OverflowError) as error:
                 raise TypeError(
-                    f"select: {key} can't be compared with {_check.describe(value)}: {error}"
+                    f"Zoo.select: {key} can't be compared with {_check.describe(value)}: {error}"
                 ) from None
         if not fits.any():
-            raise ValueError(f"select: no network of the zoo has {metadata}")
+            raise ValueError(f"Zoo.select: no network of the zoo has {metadata}")
         part = copy.copy(self)
         part._rows = self._rows[fits]
         part.metadata = MappingProxyType({k: held[fits] for k, held in self.metadata.items()})
