@@ -132,6 +132,30 @@ def test_a_zoo_in_another_order_than_the_model_s_is_retrieved_from(tmp_path: Pat
     )
 
 
+class Scaled(nn.Module):
+    """With a tensor that has no axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.scale = nn.Linear(6, 4), nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.fc(x)
+
+
+def test_tensors_without_axes_are_networks_weights_too(tmp_path: Path) -> None:
+    shapes = {"scale": (), "fc.weight": (4, 6), "fc.bias": (4,)}
+    spec = weightops.WeightSpec({k: (None,) * len(shape) for k, shape in shapes.items()}, shapes)
+    flat = spec.flatten([Scaled() for _ in range(4)]).detach()
+    zoo = saved(tmp_path, flat, spec)
+    best = retrieve(zoo, Scaled(), X, TARGETS)
+    flat[2, 0] = torch.nan
+    found = validate(flat, span(zoo), model=Scaled(), x=X, targets=TARGETS, floor=0.0)
+    assert found.reasons == {2: ("is not finite: scale is nan",)}
+    assert found.scores is not None
+    assert best.index == 2 or found.scores.accuracy[best.index] == best.accuracy
+
+
 def test_tied_tensors_are_evaluated_under_either_name(tmp_path: Path) -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -167,7 +191,7 @@ def test_networks_like_the_zoo_s_are_accepted(tmp_path: Path) -> None:
 def test_what_a_zoo_spans_is_measured_over_all_its_networks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("weightops.generate.validation.BATCH", 5)
+    monkeypatch.setattr("weightops.generate.candidates._AT_ONCE", 5 * SPEC.numel)
     found = span(saved(tmp_path, ZOO))
     weights = SPEC.unflatten(ZOO.double())["fc2.weight"].flatten(1)
     torch.testing.assert_close(found.mean, ZOO.double().mean(0))
@@ -316,7 +340,7 @@ def test_copies_are_at_no_distance_and_others_at_theirs() -> None:
     flat = torch.cat([ZOO[3:4], FLAT[:1], ZOO[:1] + 1e-4])
     found = novelty(flat, ZOO)
     distances = (flat[:, None].double() - ZOO.double()).norm(dim=-1)
-    torch.testing.assert_close(found.distance, distances.min(1).values)
+    torch.testing.assert_close(found.distance, distances.min(1).values, rtol=1e-5, atol=1e-6)
     assert found.distance[0] == 0
     assert found.nearest.tolist() == [3, int(distances[1].argmin()), 0]
     assert found.overlap is None

@@ -158,7 +158,9 @@ def test_a_selection_is_a_zoo_of_its_networks(tmp_path: Path) -> None:
         part.select(task=1)
     with pytest.raises(ValueError, match=r"^Zoo.select: the zoo has metadata .* not 'tasks'"):
         part.select(tasks=1)
-    with pytest.raises(TypeError, match=r"^Zoo.select: task can't be compared with str 'a'"):
+    with pytest.raises(
+        TypeError, match=r"^Zoo.select: task must be numbers or a tensor, not str 'a'"
+    ):
         part.select(task="a")
 
 
@@ -661,3 +663,13 @@ def test_metadata_of_another_length_or_range_is_refused(
             paths, SPEC, tmp_path / "zoo", metadata=metadata, classes={"task": 3}, progress=False
         )
     assert not (tmp_path / "zoo").exists()
+
+
+def test_where_a_zoo_of_state_dicts_goes_is_checked_before_any_is_read(tmp_path: Path) -> None:
+    paths, _ = states(tmp_path)
+    with pytest.raises(TypeError, match=r"^import_state_dicts: out must be a path, not int 3"):
+        import_state_dicts(paths, SPEC, 3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^import_state_dicts: progress must be True or False"):
+        import_state_dicts(paths, SPEC, tmp_path / "zoo", progress=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^import_state_dicts: .*0.safetensors: can't be written"):
+        import_state_dicts(paths, SPEC, paths[0], progress=False)

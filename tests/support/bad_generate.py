@@ -217,7 +217,7 @@ SWEEP: dict[tuple[str, str], Rows] = {
     ("batches", "size"): _bad_count(1),
     ("batches", "shuffle"): BAD_SEED,
     ("Zoo.select", "task"): [
-        ("one", TYPE, "task can't be compared with str 'one'"),
+        ("one", TYPE, "task must be numbers or a tensor, not str 'one'"),
         (2, VALUE, r"no network of the zoo has {'task': 2}"),
     ],
     ("import_state_dicts", "paths"): [

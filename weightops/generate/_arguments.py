@@ -54,7 +54,10 @@ def in_order_of(where: str, model: Any, spec: WeightSpec, flat: Tensor) -> Tenso
     # Of tied tensors the spec may have another name than the first.
     held = model.state_dict(keep_vars=True)
     names = {id(held[name]): name for name in state}
-    return torch.cat([state[names[id(each)]].flatten(1) for each in layout(model).values()], 1)
+    pieces = [
+        state[names[id(each)]].reshape(len(flat), each.numel()) for each in layout(model).values()
+    ]
+    return torch.cat(pieces, 1)
 
 
 def check_set(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +23,8 @@ from weightops.spec import WeightSpec
 
 MANIFEST = "zoo.json"
 SHARD = re.compile(r"networks-(\d{5,})\.safetensors")
+#: names of files that are being written
+PART = re.compile(r"\.(networks-\d{5,}\.safetensors|zoo\.json)\.\d+\.part")
 FORMAT, VERSION = "weightops zoo", 1
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: tensors of every shard; what else it holds is metadata
@@ -161,6 +165,23 @@ def open_shard(where: str, directory: Path, manifest: Manifest, shard: Shard) ->
             f"{where}: {path}: the checksum of its metadata is wrong; it is corrupt"
         )
     return tensors
+
+
+def as_tensor(where: str, key: str, value: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """Metadata, as numbers, lists or arrays of them or a tensor."""
+    if not isinstance(value, (Tensor, int, float, list, tuple, np.ndarray, np.generic)):
+        raise TypeError(f"{where}: {key} must be numbers or a tensor, not {_check.describe(value)}")
+    try:
+        with warnings.catch_warnings():
+            # Of lists of arrays, which torch finds slow.
+            warnings.simplefilter("ignore", UserWarning)
+            tensor = torch.as_tensor(value, dtype=dtype).detach()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"{where}: {key} is no metadata: {error}") from None
+    _check.dense(where, key, tensor)
+    if tensor.is_meta or tensor.is_complex() or tensor.is_quantized:
+        raise TypeError(f"{where}: {key} can't be {_check.describe(tensor)}")
+    return tensor
 
 
 def class_fault(labels: Tensor, classes: int | None) -> str | None:

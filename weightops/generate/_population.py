@@ -25,8 +25,8 @@ def population_forward(
             return logits
         if reduce == "loss":
             return nn.functional.cross_entropy(logits, targets)
-        wrong = logits.argmax(-1) != targets
-        return wrong if reduce == "errors" else 1 - wrong.to(logits.dtype).mean()
+        right = logits.argmax(-1) == targets
+        return ~right if reduce == "errors" else right.to(logits.dtype).mean()
 
     if not len(flat):
         return vmap(run)(flat.new_zeros(1, flat.shape[1]))[:0]
@@ -79,7 +79,7 @@ def views(row: Tensor, model: nn.Module) -> dict[str, Tensor]:
     tensors = layout(model)
     pieces = row.split([each.numel() for each in tensors.values()], -1)
     return {
-        name: piece.reshape(*row.shape[:-1], *each.shape)
+        name: piece.reshape((*row.shape[:-1], *each.shape))
         for (name, each), piece in zip(tensors.items(), pieces)
     }
 

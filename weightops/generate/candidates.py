@@ -15,8 +15,8 @@ from weightops.generate._arguments import check_dtype, check_set, in_order_of
 from weightops.generate._population import population_forward, population_train
 from weightops.generate.zoo import Zoo
 
-#: networks of a zoo that are in memory at once
-BATCH = 256
+#: weights of a zoo that are in memory at once
+_AT_ONCE = 2**24
 
 
 class Scores(NamedTuple):
@@ -69,6 +69,10 @@ def scores_of(flat: Tensor, model: nn.Module, x: Any, targets: Any) -> Scores:
     return Scores(accuracy, loss)
 
 
+def networks_at_once(numel: int) -> int:
+    return max(1, _AT_ONCE // max(1, numel))
+
+
 def select(flat: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ``k`` networks ``[k, P]`` with the highest ``scores`` ``[N]``, best first, and their places ``[k]``.
 
@@ -114,7 +118,7 @@ def retrieve(zoo: Zoo, model: nn.Module, x: Tensor, targets: Tensor) -> Retrieve
     check_set(where, in_order_of(where, model, zoo.spec, zoo[:1]), model, x, targets)
     found = [
         scores_of(in_order_of(where, model, zoo.spec, flat), model, x, targets)
-        for flat, _ in zoo.batches(BATCH)
+        for flat, _ in zoo.batches(networks_at_once(zoo.spec.numel))
     ]
     accuracy, loss = (torch.cat(each) for each in zip(*found))
     best = torch.where(accuracy == accuracy.max(), loss, torch.inf).argmin()

@@ -75,14 +75,13 @@ def novelty(
     _check.flag(where, "progress", progress)
     overlap = _largest_overlap(where, errors, zoo_errors, len(flat), len(zoo_flat))
     distances = flat.new_empty(len(flat), len(zoo_flat), dtype=torch.float64)
-    zoo_double = zoo_flat.double()
     for n in track(range(len(flat)), where, enabled=progress):
-        nearer = (zoo_double - flat[n].double()).norm(dim=1)
+        nearer = (zoo_flat - flat[n]).norm(dim=1, dtype=torch.float64)
         if spec is not None and spec.labels:
             perms = match(spec, flat[n], zoo_flat, seed=seed).perms
-            matched = permute(zoo_flat, perms, spec).double() - flat[n].double()
+            matched = permute(zoo_flat, perms, spec) - flat[n]
             # Matching looks at products of weights, not at running statistics.
-            nearer = nearer.minimum(matched.norm(dim=1))
+            nearer = nearer.minimum(matched.norm(dim=1, dtype=torch.float64))
         distances[n] = nearer
     found = distances.min(1)
     return Novelty(found.values, found.indices, overlap)

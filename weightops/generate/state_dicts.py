@@ -16,7 +16,7 @@ from weightops._checkpoints import CheckpointError
 from weightops._progress import track
 from weightops.generate import _files
 from weightops.generate._files import DTYPES
-from weightops.generate.writer import ZooWriter, as_tensor
+from weightops.generate.writer import ZooWriter
 from weightops.generate.zoo import Zoo
 from weightops.spec import WeightSpec
 
@@ -57,13 +57,15 @@ def import_state_dicts(
         raise ValueError(f"{where}: paths is empty, so that the zoo would be, too")
     _check.flag(where, "progress", progress)
     out = _files.check_path(where, "out", out)
-    with _named(where, "ZooWriter"):
+    with _named(where):
         writer = ZooWriter(out, spec, shard_size=shard_size, classes=classes, about=about)
     if metadata is not None and not isinstance(metadata, Mapping):
         raise TypeError(
             f"{where}: metadata must map keys to values, not {_check.describe(metadata)}"
         )
-    values = {key: as_tensor(where, str(key), each) for key, each in (metadata or {}).items()}
+    values = {
+        key: _files.as_tensor(where, str(key), each) for key, each in (metadata or {}).items()
+    }
     for key, each in values.items():
         if not isinstance(key, str):
             raise TypeError(f"{where}: metadata must have names, not {_check.describe(key)}")
@@ -71,7 +73,7 @@ def import_state_dicts(
         _check.size(where, f"metadata[{key!r}]", length, len(files), "paths")
         values[key] = each.reshape(length, *each.shape[1:])
     first: torch.dtype | None = None
-    with writer:
+    with _named(where), writer:
         for n, path in enumerate(track(files, where, enabled=progress)):
             flat = _read_network(where, path, spec)
             first = first or flat.dtype
@@ -79,8 +81,7 @@ def import_state_dicts(
                 raise CheckpointError(
                     f"{where}: {path}: its tensors are {flat.dtype}, but {first} in {files[0]}"
                 )
-            with _named(where, "add"):
-                writer.add(flat[None], **{key: each[n : n + 1] for key, each in values.items()})
+            writer.add(flat[None], **{key: each[n : n + 1] for key, each in values.items()})
     return Zoo(out)
 
 
@@ -102,9 +103,12 @@ def _read_network(where: str, path: Path, spec: WeightSpec) -> Tensor:
 
 
 @contextmanager
-def _named(where: str, inner: str) -> Iterator[None]:
-    """Errors of ``inner`` are the caller's."""
+def _named(where: str) -> Iterator[None]:
+    """Errors of the writer are the caller's."""
     try:
         yield
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{where}: {str(error).removeprefix(f'{inner}: ')}") from None
+        message = str(error).removeprefix("ZooWriter: ").removeprefix("add: ")
+        if message.startswith(f"{where}: "):
+            raise
+        raise type(error)(f"{where}: {message}") from error.__cause__

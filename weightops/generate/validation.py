@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from weightops import _check
 from weightops.generate import _files
 from weightops.generate._arguments import check_networks, check_set, in_order_of
-from weightops.generate.candidates import BATCH, Scores, scores_of
+from weightops.generate.candidates import Scores, networks_at_once, scores_of
 from weightops.generate.zoo import Zoo
 from weightops.spec import WeightSpec
 
@@ -86,14 +86,16 @@ def span(zoo: Zoo | Tensor, spec: WeightSpec | None = None) -> Span:
 
 def _batches(zoo: Zoo | Tensor) -> Iterator[Tensor]:
     """Float64 networks ``[n, P]`` on the CPU."""
-    for start in range(0, len(zoo), BATCH):
-        yield zoo[start : start + BATCH].detach().cpu().double()
+    size = networks_at_once(zoo[:1].shape[1])
+    for start in range(0, len(zoo), size):
+        yield zoo[start : start + size].detach().cpu().double()
 
 
 def _measure(flat: Tensor, mean: Tensor, spec: WeightSpec) -> tuple[Tensor, Tensor]:
     """Norms of networks' tensors and their distances to the mean's, ``[n, tensors]``."""
+    sizes = [shape.numel() for shape in spec.shapes.values()]
     norms, distances = (
-        torch.stack([each.flatten(1).norm(dim=1) for each in spec.unflatten(rows).values()], 1)
+        torch.stack([each.norm(dim=1) for each in rows.split(sizes, 1)], 1)
         for rows in (flat, flat - mean)
     )
     return norms, distances
@@ -116,7 +118,8 @@ def validate(
 
     - a weight is not finite;
     - a tensor's norm is below ``1 - margin`` times the zoo's smallest or above ``1 + margin`` times
-      its largest, or its distance to the zoo's mean is above ``1 + margin`` times the zoo's largest;
+      its largest, or its distance to the zoo's mean is above ``1 + margin`` times the zoo's largest
+      (a thousandth of the zoo's typical weight is allowed besides: some tensors are zero in all of it);
     - on the check set, where one is given, its loss is not finite or its accuracy below ``floor``.
 
     Args:

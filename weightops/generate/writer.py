@@ -17,7 +17,7 @@ from torch import Tensor
 from weightops import _check
 from weightops._checkpoints import CheckpointError
 from weightops.generate import _files
-from weightops.generate._files import CHECKSUM, DTYPES, FLAT, MANIFEST, SHARD, Manifest, Shard
+from weightops.generate._files import CHECKSUM, DTYPES, FLAT, MANIFEST, PART, SHARD, Manifest, Shard
 from weightops.spec import WeightSpec
 
 
@@ -143,7 +143,7 @@ class ZooWriter:
 
     def _read(self, where: str, key: str, value: Any, n: int) -> Tensor:
         """The metadata of ``n`` networks, ``[n, ...]``."""
-        tensor = as_tensor(where, key, value)
+        tensor = _files.as_tensor(where, key, value)
         if tensor.dim() == 0:
             tensor = tensor.expand(n)
         _check.size(where, key, len(tensor), n, "the number of networks")
@@ -217,7 +217,7 @@ class ZooWriter:
         self._made = []
         for path in self._path.iterdir():
             stale = SHARD.fullmatch(path.name) and path not in names.values()
-            if stale or (path.name.startswith(".") and path.suffix == ".part"):
+            if stale or PART.fullmatch(path.name):
                 path.unlink(missing_ok=True)
 
     @contextmanager
@@ -228,19 +228,6 @@ class ZooWriter:
             self._open = False
             reason = getattr(error, "strerror", None) or error
             raise CheckpointError(f"ZooWriter: {self._path}: can't be written: {reason}") from error
-
-
-def as_tensor(where: str, key: str, value: Any) -> Tensor:
-    if isinstance(value, (Tensor, int, float, list, tuple)) or type(value).__module__ == "numpy":
-        try:
-            tensor = torch.as_tensor(value).detach()
-        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise TypeError(f"{where}: {key} is no metadata: {error}") from None
-        _check.dense(where, key, tensor)
-        if tensor.is_meta or tensor.is_complex() or tensor.is_quantized:
-            raise TypeError(f"{where}: {key} can't be {_check.describe(tensor)}")
-        return tensor
-    raise TypeError(f"{where}: {key} must be numbers or a tensor, not {_check.describe(value)}")
 
 
 def _form(dtype: torch.dtype, shape: torch.Size) -> str:

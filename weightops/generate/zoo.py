@@ -197,13 +197,14 @@ class Zoo:
             held = self.metadata[key]
             if held.dim() != 1:
                 raise ValueError(f"Zoo.select: {key} has shape {list(held.shape)}, not [N]")
+            # A number of Python's would become float32, which equals few numbers of float64.
+            dtype = held.dtype if held.is_floating_point() else None
+            wanted = _files.as_tensor("Zoo.select", key, value, dtype).cpu()
             try:
-                # A number of Python's would become float32, which equals few numbers of float64.
-                dtype = held.dtype if held.is_floating_point() else None
-                fits &= torch.isin(held, torch.as_tensor(value, dtype=dtype).cpu())
-            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+                fits &= torch.isin(held, wanted)
+            except RuntimeError as error:
                 raise TypeError(
-                    f"Zoo.select: {key} can't be compared with {_check.describe(value)}: {error}"
+                    f"Zoo.select: {key} can't be compared with {_check.describe(wanted)}: {error}"
                 ) from None
         if not fits.any():
             raise ValueError(f"Zoo.select: no network of the zoo has {metadata}")
