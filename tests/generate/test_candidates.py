@@ -23,7 +23,7 @@ from weightops.generate import (
     span,
     validate,
 )
-from weightops.generate._population import population_forward
+from weightops.population import population_forward
 
 
 class Net(nn.Module):
@@ -191,7 +191,7 @@ def test_networks_like_the_zoo_s_are_accepted(tmp_path: Path) -> None:
 def test_what_a_zoo_spans_is_measured_over_all_its_networks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("weightops.generate.candidates._AT_ONCE", 5 * SPEC.numel)
+    monkeypatch.setattr("weightops.generate.candidates._NETWORKS", 5)
     found = span(saved(tmp_path, ZOO))
     weights = SPEC.unflatten(ZOO.double())["fc2.weight"].flatten(1)
     torch.testing.assert_close(found.mean, ZOO.double().mean(0))

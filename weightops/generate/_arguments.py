@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
@@ -9,9 +12,9 @@ from torch import Tensor, nn
 
 from weightops import _check
 from weightops.generate import _files
-from weightops.generate._population import layout, population_forward
 from weightops.generate.zoo import Zoo
 from weightops.spec import WeightSpec
+from weightops.tracing.export import read_weights
 
 
 def check_dtype(where: str, name: str, value: Tensor) -> None:
@@ -43,63 +46,40 @@ def check_networks(
     return spec
 
 
+def check_population(where: str, flat: Any, model: Any) -> None:
+    """``flat`` must hold networks of ``model``, in the order of its state dict."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{where}: model must be a module, not {_check.describe(model)}")
+    _check.tensor(where, "flat", flat, "[N, P]", 2)
+    if flat.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{where}: flat must be float32 or float64, not {flat.dtype}")
+    numel = sum(map(prod, read_weights(model).shapes.values()))
+    if flat.shape[1] != numel:
+        raise ValueError(
+            f"{where}: flat has shape {list(flat.shape)}, but model has {numel} weights"
+        )
+
+
 def in_order_of(where: str, model: Any, spec: WeightSpec, flat: Tensor) -> Tensor:
     """Networks ``flat`` of ``spec``, laid out as the model's state dict."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{where}: model must be a module, not {_check.describe(model)}")
     spec._state(where, "model", model)
-    if list(layout(model)) == list(spec.shapes):
+    weights = read_weights(model)
+    if list(weights.shapes) == list(spec.shapes):
         return flat
-    state = spec.state_dict(flat)
     # Of tied tensors the spec may have another name than the first.
-    held = model.state_dict(keep_vars=True)
-    names = {id(held[name]): name for name in state}
-    pieces = [
-        state[names[id(each)]].reshape(len(flat), each.numel()) for each in layout(model).values()
-    ]
-    return torch.cat(pieces, 1)
+    state = {weights.names[name]: each for name, each in spec.state_dict(flat).items()}
+    return torch.cat(
+        [state[name].reshape(len(flat), prod(shape)) for name, shape in weights.shapes.items()], 1
+    )
 
 
-def check_set(
-    where: str,
-    flat: Any,
-    model: Any,
-    x: Any,
-    targets: Any,
-    names: tuple[str, str] = ("x", "targets"),
-) -> None:
-    """Networks, their architecture, examples ``x`` and classes ``targets`` must go together."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{where}: model must be a module, not {_check.describe(model)}")
-    _check.tensor(where, "flat", flat, "[N, P]", 2)
-    check_dtype(where, "flat", flat)
-    numel = sum(tensor.numel() for tensor in layout(model).values())
-    if flat.shape[1] != numel:
-        raise ValueError(
-            f"{where}: flat has shape {list(flat.shape)}, but model has {numel} weights"
-        )
-    if flat.is_meta:
-        raise ValueError(f"{where}: flat is on meta, where tensors hold no values")
-    _check.tensor(where, names[0], x, "[B, ...]")
-    if x.dim() == 0 or len(x) == 0:
-        raise ValueError(f"{where}: {names[0]} must hold examples, not shape {list(x.shape)}")
-    _check.same_device(where, names[0], x, "flat", flat)
-    _check.tensor(where, names[1], targets, "[B]", 1)
-    if targets.dtype != torch.int64:
-        raise TypeError(f"{where}: {names[1]} must be int64 classes, not {targets.dtype}")
-    _check.size(where, names[1], len(targets), len(x), f"the batch of {names[0]}")
-    _check.same_device(where, names[1], targets, names[0], x)
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    """Errors of :func:`weightops.population.population_forward` are the caller's."""
     try:
-        probe = population_forward(flat.new_zeros(1, numel), model, x[:1])
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(
-            f"{where}: model can't compute {_check.describe(x)} with weights of {flat.dtype}: "
-            f"{(str(error).splitlines() or [''])[0]}"
-        ) from None
-    if probe.dim() != 3:
-        raise ValueError(
-            f"{where}: model must return logits [B, K], not shape {list(probe.shape[1:])}"
-        )
-    fault = _check.index_fault(targets, probe.shape[2])
-    if fault:
-        raise ValueError(f"{where}: {names[1]}{fault} (the model has {probe.shape[2]} classes)")
+        yield
+    except (TypeError, ValueError) as error:
+        message = str(error).removeprefix("population_forward: ").replace("spec_or_model", "model")
+        raise type(error)(f"{where}: {message}") from None

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from weightops import _check
-from weightops.generate._arguments import check_dtype, check_set, in_order_of
-from weightops.generate._population import population_forward, population_train
+from weightops.generate._arguments import check_dtype, check_population, in_order_of, named
+from weightops.generate._population import population_train
 from weightops.generate.zoo import Zoo
+from weightops.population import population_forward
 
-#: weights of a zoo that are in memory at once
-_AT_ONCE = 2**24
+#: networks of a zoo that are in memory at once, and their weights
+_NETWORKS, _WEIGHTS = 256, 2**24
 
 
 class Scores(NamedTuple):
@@ -48,29 +49,33 @@ def evaluate(flat: Tensor, model: nn.Module, x: Tensor, targets: Tensor) -> Scor
     """Accuracy and mean cross-entropy ``[N]`` of all networks at once, in evaluation mode.
 
     Args:
-        flat: networks ``[N, P]``, laid out as ``model``'s state dict.
+        flat: networks ``[N, P]``, laid out as ``model``'s state dict, float32 or float64.
         model: the architecture; it does not change.
-        x: ``[B, ...]``.
-        targets: int64 classes ``[B]``.
+        x: ``[B, ...]``, or each network's own ``[N, B, ...]``.
+        targets: int64 classes ``[B]`` or ``[N, B]``.
 
     Raises:
         ValueError: shapes or devices do not fit, a target is out of range, or there are no examples.
         TypeError: an argument has the wrong type or dtype.
     """
-    check_set("evaluate", flat, model, x, targets)
-    return scores_of(flat, model, x, targets)
+    return scores_of("evaluate", flat, model, x, targets)
 
 
-def scores_of(flat: Tensor, model: nn.Module, x: Any, targets: Any) -> Scores:
-    accuracy, loss = (
-        population_forward(flat, model, x, reduce=each, targets=targets)
-        for each in ("accuracy", "loss")
-    )
+def scores_of(where: str, flat: Tensor, model: Any, x: Any, targets: Any) -> Scores:
+    check_population(where, flat, model)
+    if isinstance(x, Tensor) and 0 in x.shape[:1]:
+        raise ValueError(f"{where}: x must hold examples, not shape {list(x.shape)}")
+    if not len(flat):
+        one = scores_of(where, flat.new_zeros(1, flat.shape[1]), model, x, targets)
+        return Scores(one.accuracy[:0], one.loss[:0])
+    with named(where):
+        accuracy = population_forward(flat, model, x, reduce="accuracy", targets=targets)
+        loss = population_forward(flat, model, x, reduce="loss", targets=targets)
     return Scores(accuracy, loss)
 
 
 def networks_at_once(numel: int) -> int:
-    return max(1, _AT_ONCE // max(1, numel))
+    return max(1, min(_NETWORKS, _WEIGHTS // max(1, numel)))
 
 
 def select(flat: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -106,7 +111,8 @@ def retrieve(zoo: Zoo, model: nn.Module, x: Tensor, targets: Tensor) -> Retrieve
 
     Args:
         zoo: a zoo of ``model``'s architecture.
-        model, x, targets: as for :func:`evaluate`.
+        model: the architecture; its layout need not be the zoo's.
+        x, targets: ``[B, ...]`` and int64 classes ``[B]``.
 
     Raises:
         ValueError: shapes or devices do not fit, a target is out of range, or there are no examples.
@@ -115,9 +121,8 @@ def retrieve(zoo: Zoo, model: nn.Module, x: Tensor, targets: Tensor) -> Retrieve
     where = "retrieve"
     if not isinstance(zoo, Zoo):
         raise TypeError(f"{where}: zoo must be a Zoo, not {_check.describe(zoo)}")
-    check_set(where, in_order_of(where, model, zoo.spec, zoo[:1]), model, x, targets)
     found = [
-        scores_of(in_order_of(where, model, zoo.spec, flat), model, x, targets)
+        scores_of(where, in_order_of(where, model, zoo.spec, flat), model, x, targets)
         for flat, _ in zoo.batches(networks_at_once(zoo.spec.numel))
     ]
     accuracy, loss = (torch.cat(each) for each in zip(*found))
@@ -154,10 +159,11 @@ def fine_tune(
         TypeError: an argument has the wrong type or dtype.
     """
     where = "fine_tune"
+    check_population(where, flat, model)
     for name, each in (("data", data), ("test", test)):
         if not isinstance(each, (tuple, list)) or len(each) != 2:
             raise TypeError(f"{where}: {name} must be (x, targets), not {_check.describe(each)}")
-        check_set(where, flat, model, *each, names=(f"{name}[0]", f"{name}[1]"))
+        scores_of(f"{where}: {name}", flat[:1], model, *each)
     if isinstance(steps, (str, bytes)) or not isinstance(steps, Sequence):
         raise TypeError(f"{where}: steps must be a list of integers, not {_check.describe(steps)}")
     for n, step in enumerate(steps):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from weightops import _check
 from weightops.generate import _files
-from weightops.generate._arguments import check_networks, check_set, in_order_of
+from weightops.generate._arguments import check_networks, in_order_of
 from weightops.generate.candidates import Scores, networks_at_once, scores_of
 from weightops.generate.zoo import Zoo
 from weightops.spec import WeightSpec
@@ -158,11 +158,10 @@ def validate(
         assert model is not None
         assert floor is not None
         in_order = in_order_of(where, model, span.spec, flat)
-        check_set(where, in_order, model, x, targets)
         _check.number(where, "floor", floor, 0, 1 + 1e-9)
         inside = [n for n, found in reasons.items() if not found]
         accuracy, loss = flat.new_full((2, len(flat)), torch.nan)
-        accuracy[inside], loss[inside] = scores_of(in_order[inside], model, x, targets)
+        accuracy[inside], loss[inside] = scores_of(where, in_order[inside], model, x, targets)
         for n in inside:
             if not loss[n].isfinite():
                 reasons[n].append(f"loss on the check set is {loss[n].item()}")
