@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import bad_generate
 import numpy as np
 import pytest
 import torch
@@ -208,6 +209,7 @@ VALID: dict[str, tuple[Callable, dict[str, Any]]] = {
         WeightSpec.from_git_rebasin,
         {"permutations": {"h": [("w1", 0), ("b", 0), ("w2", 1)]}, "shapes": SPEC.shapes},
     ),
+    **bad_generate.VALID,
 }
 
 H, ONE = PERMS["h"], PERMS["h"][0]
@@ -970,6 +972,7 @@ SWEEP |= {
     ("from_git_rebasin", "shapes"): [
         (None, TYPE, "shapes must be a module, a state dict or map names to shapes, not NoneType")
     ],
+    **bad_generate.SWEEP,
 }
 
 CASES = [
