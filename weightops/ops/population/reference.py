@@ -69,6 +69,9 @@ def _apply(layer: dict, row: Tensor, x: Tensor, *others: Tensor) -> Tensor:
 
 def population_logits(flat: Tensor, x: Tensor, code: Sequence[int], shared: bool) -> Tensor:
     """``flat [N, P]``, ``x [B, ...]`` (``shared``) or ``[N, B, ...]`` -> logits ``[N, B, K]``."""
+    if not len(flat):
+        made = decode(list(code))[1][-1]["made"]
+        return flat.new_zeros(0, x.shape[0 if shared else 1], prod(made))
     rows = torch.func.vmap(lambda row, own: run(row, own, code), (0, None if shared else 0))
     return rows(flat, x)
 
