@@ -17,6 +17,7 @@ namespace weightops {
 // functions that name an instruction set.
 template <class T, int Bytes>
 struct Simd {
+  typedef T Number;
   typedef T Vector __attribute__((vector_size(Bytes)));
   static constexpr int lanes = Bytes / sizeof(T);
 

@@ -1,0 +1,116 @@
+// Exponentials of vectors, and the functions of networks that are made of them.
+#pragma once
+
+#include <type_traits>
+
+#include "simd.h"
+
+namespace weightops::elementary {
+
+template <class Arithmetic>
+using Vector = typename Arithmetic::Vector;
+
+// factors[0] x^(count - 1) + ... + factors[count - 1].
+template <class Arithmetic, int count>
+WEIGHTOPS_INLINE Vector<Arithmetic> polynomial(
+    const Vector<Arithmetic>& x, const typename Arithmetic::Number (&factors)[count]) {
+  Vector<Arithmetic> sum = x * factors[0] + factors[1];
+#pragma GCC unroll 32
+  for (int i = 2; i < count; ++i) sum = sum * x + factors[i];
+  return sum;
+}
+
+// e^x within 2 units of the last place; what lies outside of where that is a normal number is taken
+// for the nearest that is inside. Cephes' reductions and coefficients.
+template <class Arithmetic>
+WEIGHTOPS_INLINE Vector<Arithmetic> exp(const Vector<Arithmetic>& given) {
+  using Number = typename Arithmetic::Number;
+  constexpr bool single = std::is_same_v<Number, float>;
+  using Bits = std::conditional_t<single, int32_t, int64_t>;
+  typedef Bits BitsVector __attribute__((vector_size(sizeof(Vector<Arithmetic>))));
+  constexpr Number most = single ? 88 : 709, least = single ? -87 : -708;
+  Vector<Arithmetic> x = given > most ? Vector<Arithmetic>{} + most : given;
+  x = x < least ? Vector<Arithmetic>{} + least : x;
+  // Adding this leaves the nearest integer in the last bits.
+  constexpr Number round = single ? Number(3 << 22) : Number(int64_t(3) << 51);
+  const Vector<Arithmetic> shifted = x * Number(1.4426950408889634) + round, n = shifted - round;
+  const BitsVector power =
+      ((BitsVector)shifted << (single ? 23 : 52)) + (BitsVector)(Vector<Arithmetic>{} + Number(1));
+  if constexpr (single) {
+    x -= n * Number(0.693359375);
+    x += n * Number(2.12194440e-4);
+    const Vector<Arithmetic> rest =
+        polynomial<Arithmetic>(x, {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+                                   4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f});
+    return (rest * (x * x) + x + Number(1)) * (Vector<Arithmetic>)power;
+  } else {
+    x -= n * Number(6.93145751953125e-1);
+    x -= n * Number(1.42860682030941723212e-6);
+    const Vector<Arithmetic> square = x * x;
+    const Vector<Arithmetic> above =
+        x * polynomial<Arithmetic>(square, {1.26177193074810590878e-4, 3.02994407707441961300e-2,
+                                            9.99999999999999999910e-1});
+    const Vector<Arithmetic> below =
+        polynomial<Arithmetic>(square, {3.00198505138664455042e-6, 2.52448340349684104192e-3,
+                                        2.27265548208155028766e-1, 2.00000000000000000009e0});
+    return (above / (below - above) * Number(2) + Number(1)) * (Vector<Arithmetic>)power;
+  }
+}
+
+// 1 / (1 + e^-x)
+template <class Arithmetic>
+WEIGHTOPS_INLINE Vector<Arithmetic> sigmoid(const Vector<Arithmetic>& x) {
+  return typename Arithmetic::Number(1) / (exp<Arithmetic>(-x) + typename Arithmetic::Number(1));
+}
+
+template <class Arithmetic>
+WEIGHTOPS_INLINE Vector<Arithmetic> tanh(const Vector<Arithmetic>& x) {
+  using Number = typename Arithmetic::Number;
+  const Vector<Arithmetic> size = x < 0 ? -x : x, square = x * x;
+  const Vector<Arithmetic> large =
+      Number(1) - Number(2) / (exp<Arithmetic>(size * Number(2)) + Number(1));
+  // Near zero the difference above has few digits.
+  const Vector<Arithmetic> above = polynomial<Arithmetic>(
+      square, {Number(-9.64399179425052238628e-1), Number(-9.92877231001918586564e1),
+               Number(-1.61468768441708447952e3)});
+  const Vector<Arithmetic> below = polynomial<Arithmetic>(
+      square, {Number(1), Number(1.12811678491632931402e2), Number(2.23548839060100448583e3),
+               Number(4.84406305325125486048e3)});
+  const Vector<Arithmetic> small = x + x * square * above / below;
+  return size < Number(0.625) ? small : x < 0 ? -large : large;
+}
+
+// The standard normal distribution up to x: erfc(-x / sqrt 2) / 2. Of z = |x| / sqrt 2,
+// (1 + 2 z) exp(z^2) erfc(z) is a polynomial in (z - c) / (z + c) that was fitted for this.
+template <class Arithmetic>
+WEIGHTOPS_INLINE Vector<Arithmetic> normal(const Vector<Arithmetic>& x) {
+  using Number = typename Arithmetic::Number;
+  constexpr bool single = std::is_same_v<Number, float>;
+  constexpr Number centre = single ? 2 : 2.5;
+  const Vector<Arithmetic> z = (x < 0 ? -x : x) * Number(0.70710678118654752440);
+  const Vector<Arithmetic> t = (z - centre) / (z + centre);
+  Vector<Arithmetic> fitted;
+  if constexpr (single) {
+    fitted = polynomial<Arithmetic>(
+        t, {8.5054996062693803e-5f, 1.7824501070931798e-4f, -4.0442536381851473e-4f,
+            -1.4300450288497835e-3f, 1.2536774827090141e-3f, 8.7126993824855083e-3f,
+            -8.0313225488468110e-3f, -5.4218489933903426e-2f, 1.6405116850274329e-1f,
+            -1.6603046962999375e-1f, -9.2763829017705369e-2f, 1.2769783819094265f});
+  } else {
+    fitted = polynomial<Arithmetic>(
+        t, {1.3225641577045184e-9,  7.3842360633019688e-9,  7.3317897304819152e-9,
+            -3.7602699254865295e-8, -1.0262126771356384e-7, 3.2953114528352616e-8,
+            5.0808111125507754e-7,  5.2484731911052887e-7,  -1.5676574269652488e-6,
+            -4.2157386570072145e-6, 2.6009666736884184e-6,  2.2698620717705488e-5,
+            6.2683870429226911e-6,  -1.1352207396865196e-4, -8.8479693207557126e-5,
+            6.3212428858229897e-4,  4.9186586775721721e-4,  -4.3820783344231236e-3,
+            9.3189281347309165e-4,  3.2760893268288766e-2,  -1.0296705603843219e-1,
+            1.5762991902332290e-1,  -9.9024539573603786e-2, -1.2235676308240439e-1,
+            1.2648381843668615});
+  }
+  const Vector<Arithmetic> tail =
+      exp<Arithmetic>(-z * z) * fitted / (z * Number(2) + Number(1)) * Number(0.5);
+  return x < 0 ? tail : Number(1) - tail;
+}
+
+}  // namespace weightops::elementary
