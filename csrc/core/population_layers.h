@@ -89,37 +89,24 @@ WEIGHTOPS_INLINE void run_strip(const Strip<typename Arithmetic::Number>& strip,
   }
 }
 
-template <class Number, int outputs, int columns>
-void strip_generic(const Strip<Number>& strip, int64_t count) {
-  run_strip<Simd<Number, 16>, outputs, columns>(strip, count);
+template <class Arithmetic, int outputs, int columns>
+void enter_strip(const Strip<typename Arithmetic::Number>& strip, int64_t count) {
+  enter<Arithmetic::bytes>([&]() __attribute__((always_inline)) {
+    run_strip<Arithmetic, outputs, columns>(strip, count);
+  });
 }
-#if WEIGHTOPS_X86
-template <class Number, int outputs, int columns>
-WEIGHTOPS_AVX2 void strip_avx2(const Strip<Number>& strip, int64_t count) {
-  run_strip<Simd<Number, 32>, outputs, columns>(strip, count);
-}
-template <class Number, int outputs, int columns>
-WEIGHTOPS_AVX512 void strip_avx512(const Strip<Number>& strip, int64_t count) {
-  run_strip<Simd<Number, 64>, outputs, columns>(strip, count);
-}
-#endif
 
 template <class Number>
 using StripKernel = void (*)(const Strip<Number>&, int64_t);
 
 template <class Arithmetic, int outputs = 1, int columns = 1>
 StripKernel<typename Arithmetic::Number> strip_kernel(int64_t wanted, int64_t wide) {
-  using Number = typename Arithmetic::Number;
-  constexpr int bytes = sizeof(typename Arithmetic::Vector);
-  if constexpr (outputs < Tile<bytes>::outputs)
+  using Limits = Tile<Arithmetic::bytes>;
+  if constexpr (outputs < Limits::outputs)
     if (wanted > outputs) return strip_kernel<Arithmetic, outputs + 1>(wanted, wide);
-  if constexpr (columns < Tile<bytes>::columns(outputs))
+  if constexpr (columns < Limits::columns(outputs))
     if (wide > columns) return strip_kernel<Arithmetic, outputs, columns + 1>(wanted, wide);
-#if WEIGHTOPS_X86
-  if constexpr (bytes == 64) return strip_avx512<Number, outputs, columns>;
-  if constexpr (bytes == 32) return strip_avx2<Number, outputs, columns>;
-#endif
-  return strip_generic<Number, outputs, columns>;
+  return enter_strip<Arithmetic, outputs, columns>;
 }
 
 inline int64_t padded_numel(const Layer& layer) {
@@ -155,7 +142,7 @@ template <class Arithmetic, class Number = typename Arithmetic::Number>
 void pack_layer(const Layer& layer, const Number* row, Number* packed) {
   if (packed_size(layer) == 0) return;
   const Products products(layer);
-  const Parts chunks(products.outputs, Tile<sizeof(typename Arithmetic::Vector)>::outputs);
+  const Parts chunks(products.outputs, Tile<Arithmetic::bytes>::outputs);
   const Number* weight = row + layer.weight;
   for (int64_t group = 0; group < products.groups; ++group)
     for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
@@ -185,7 +172,7 @@ template <class Arithmetic, class Number = typename Arithmetic::Number>
 void forward_products(const Layer& layer, const Number* row, const Number* packed,
                       const Number* from, Number* out, int64_t width, Number* workspace,
                       bool rectify) {
-  constexpr int bytes = sizeof(typename Arithmetic::Vector);
+  constexpr int bytes = Arithmetic::bytes;
   const Products products(layer);
   Strip<Number> strip{};
   strip.least = rectify ? 0 : -std::numeric_limits<Number>::infinity();
@@ -388,24 +375,6 @@ WEIGHTOPS_INLINE void forward_other(const Layer& layer, const Number* row,
   }
 }
 
-template <class Number>
-void other_generic(const Layer& layer, const Number* row, const Number* const inputs[2],
-                   Number* out, int64_t width) {
-  forward_other<Simd<Number, 16>>(layer, row, inputs, out, width);
-}
-#if WEIGHTOPS_X86
-template <class Number>
-WEIGHTOPS_AVX2 void other_avx2(const Layer& layer, const Number* row, const Number* const inputs[2],
-                               Number* out, int64_t width) {
-  forward_other<Simd<Number, 32>>(layer, row, inputs, out, width);
-}
-template <class Number>
-WEIGHTOPS_AVX512 void other_avx512(const Layer& layer, const Number* row,
-                                   const Number* const inputs[2], Number* out, int64_t width) {
-  forward_other<Simd<Number, 64>>(layer, row, inputs, out, width);
-}
-#endif
-
 // One layer of one network: `row` is the network's weights as they are, `packed` what pack_layer
 // made of this layer's, `out` may be an input where the kind works number by number or is a norm.
 // `rectify` lets ReLU follow linear layers and convolutions. To be called from anywhere: the
@@ -417,12 +386,9 @@ void forward_layer(const Layer& layer, const Number* row, const Number* packed,
   if (layer.kind == Kind::linear || layer.kind == Kind::conv)
     return forward_products<Arithmetic>(layer, row, packed, inputs[0], out, width, workspace,
                                         rectify);
-  constexpr int bytes = sizeof(typename Arithmetic::Vector);
-#if WEIGHTOPS_X86
-  if constexpr (bytes == 64) return other_avx512(layer, row, inputs, out, width);
-  if constexpr (bytes == 32) return other_avx2(layer, row, inputs, out, width);
-#endif
-  if constexpr (bytes == 16) return other_generic(layer, row, inputs, out, width);
+  enter<Arithmetic::bytes>([&]() __attribute__((always_inline)) {
+    forward_other<Arithmetic>(layer, row, inputs, out, width);
+  });
 }
 
 }  // namespace weightops::population

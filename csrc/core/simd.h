@@ -19,6 +19,7 @@ template <class T, int Bytes>
 struct Simd {
   typedef T Number;
   typedef T Vector __attribute__((vector_size(Bytes)));
+  static constexpr int bytes = Bytes;
   static constexpr int lanes = Bytes / sizeof(T);
 
   static WEIGHTOPS_INLINE Vector load(const T* from) {
@@ -72,5 +73,30 @@ struct Simd {
     }
   }
 };
+
+// Calls f compiled for the instruction set of vectors of so many bytes: f is a lambda that is
+// always_inline, as is all that it calls there.
+template <class F>
+void enter_generic(const F& f) {
+  f();
+}
+#if WEIGHTOPS_X86
+template <class F>
+WEIGHTOPS_AVX2 void enter_avx2(const F& f) {
+  f();
+}
+template <class F>
+WEIGHTOPS_AVX512 void enter_avx512(const F& f) {
+  f();
+}
+#endif
+template <int Bytes, class F>
+void enter(const F& f) {
+#if WEIGHTOPS_X86
+  if constexpr (Bytes == 64) return enter_avx512(f);
+  if constexpr (Bytes == 32) return enter_avx2(f);
+#endif
+  enter_generic(f);
+}
 
 }  // namespace weightops
