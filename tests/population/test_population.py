@@ -173,33 +173,6 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        ({"x": torch.randn(5, 7)}, "x"),
-        ({"flat": torch.randn(3, 14)}, "flat's columns"),
-        ({"flat": torch.randn(15)}, "flat"),
-        ({"x": torch.randn(5, 4).double()}, "dtype"),
-        ({"targets": torch.tensor([0, 1, 2, 3, 0])}, r"\[0, 3\)"),
-        ({"targets": torch.zeros(4, dtype=torch.int64)}, "targets"),
-        ({"targets": torch.zeros(5, dtype=torch.int32)}, "int64"),
-        ({"targets": None}, "targets"),
-        ({"reduce": "mean"}, "reduce"),
-    ],
-)
-def test_bad_input_is_refused_by_name(change: dict, match: str) -> None:
-    given = {
-        "flat": torch.randn(3, 15),
-        "x": torch.randn(5, 4),
-        "reduce": "accuracy",
-        "targets": torch.zeros(5, dtype=torch.int64),
-    } | change
-    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
-    flat, x = given.pop("flat"), given.pop("x")
-    with pytest.raises((ValueError, TypeError), match=match):
-        population_forward(flat, model, x, **given)
-
-
 def test_a_spec_that_was_not_traced_asks_for_the_model() -> None:
     model = nn.Linear(4, 3)
     spec = weightops.WeightSpec.from_json(weightops.trace(model, torch.randn(2, 4)).to_json())

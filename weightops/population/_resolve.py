@@ -26,6 +26,7 @@ class Runner:
     Attributes:
         numel: numbers P of a network.
         shared: whether all networks read the same samples.
+        outputs: numbers K of one sample's output.
         program: the layers with their code, if the kernels run them.
         reason: why there is none.
         call: else ``(row [P], x [B, ...]) -> output [B, ...]`` of one network.
@@ -33,6 +34,7 @@ class Runner:
 
     numel: int
     shared: bool
+    outputs: int
     program: Program | None = None
     code: tuple[int, ...] = ()
     reason: str = ""
@@ -63,21 +65,24 @@ def resolve(where: str, flat: Tensor, model: WeightSpec | nn.Module, x: Tensor) 
     are, else every network's own.
     """
     _check.tensor(where, "flat", flat, "[N, P]", 2)
-    _check.floating(where, "flat", flat)
-    _check.tensor(where, "x", x, "[B, ...] or [N, B, ...]")
+    if flat.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{where}: flat must be float32 or float64, not {flat.dtype}")
+    shapes = "[B, ...] or [N, B, ...]"
+    _check.tensor(where, "x", x, shapes)
     if x.dim() < 2:
-        raise ValueError(
-            f"{where}: x must be [B, ...] or [N, B, ...], not of shape {list(x.shape)}"
-        )
+        raise ValueError(f"{where}: x must have shape {shapes}, not {list(x.shape)}")
     _check.same_device(where, "x", x, "flat", flat)
-    if x.dtype != flat.dtype and x.is_floating_point():
-        raise TypeError(f"{where}: x must have flat's dtype {flat.dtype}, not {x.dtype}")
+    if x.is_floating_point() and x.dtype != flat.dtype:
+        raise TypeError(f"{where}: x must be {flat.dtype} as flat, not {x.dtype}")
     runner = (
         _of_spec(where, model, x)
         if isinstance(model, WeightSpec)
         else _of_module(where, model, flat, x)
     )
-    _check.size(where, "flat's columns", flat.shape[1], runner.numel, "the architecture's weights")
+    if flat.shape[1] != runner.numel:
+        raise ValueError(
+            f"{where}: flat has shape {list(flat.shape)}, but the architecture has {runner.numel} weights"
+        )
     if not runner.shared:
         _check.size(where, "x's first axis", x.shape[0], flat.shape[0], "networks")
     return runner
@@ -101,23 +106,24 @@ def explain(spec_or_model: WeightSpec | nn.Module, x: Tensor) -> str:
 
 
 def _of_spec(where: str, spec: WeightSpec, x: Tensor) -> Runner:
-    program = spec._cache.get(PROGRAM, "a spec that was not traced in this process has no layers")
+    program = spec._cache.get(PROGRAM, "it was not traced in this process")
     if isinstance(program, str):
-        raise ValueError(f"{where}: spec can't be run: {program}; pass the model instead")
+        raise ValueError(f"{where}: spec_or_model has no layers: {program}; pass the model")
     taken = program.taken
     for shared, shape in ((True, x.shape[1:]), (False, x.shape[2:])):
         if tuple(shape) == taken:
-            return Runner(spec.numel, shared, program, tuple(program.encode(spec.offsets)))
+            code = tuple(program.encode(spec.offsets))
+            return Runner(spec.numel, shared, prod(program.made), program, code)
     raise ValueError(
-        f"{where}: x must be [B, {', '.join(map(str, taken))}], or that with the networks in front, "
-        f"not of shape {list(x.shape)}"
+        f"{where}: x must have shape [B, {', '.join(map(str, taken))}], or that with the networks in "
+        f"front, not {list(x.shape)}"
     )
 
 
 def _of_module(where: str, model: nn.Module, flat: Tensor, x: Tensor) -> Runner:
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"{where}: model must be a module or a traced spec, not {_check.describe(model)}"
+            f"{where}: spec_or_model must be a module or a traced spec, not {_check.describe(model)}"
         )
     known = _programs.setdefault(model, {})
     key = (repr(model), tuple(x.shape[1:]), x.dtype, x.shape[0] == flat.shape[0])
@@ -144,13 +150,23 @@ def _trace(where: str, model: nn.Module, flat: Tensor, x: Tensor) -> Runner:
             continue
         program = compile_or_reason(exported, weights.names)
         if isinstance(program, Program):
-            return Runner(numel, shared, program, tuple(program.encode(offsets)))
+            code = tuple(program.encode(offsets))
+            return Runner(numel, shared, prod(program.made), program, code)
         if fallback is None:
             call = _caller(model, weights, offsets)
-            fallback = Runner(numel, shared, reason=program, call=call)
+            made = _outputs(where, exported)
+            fallback = Runner(numel, shared, made, reason=program, call=call)
     if fallback is None:
         raise faults[0]
     return fallback
+
+
+def _outputs(where: str, exported: torch.export.ExportedProgram) -> int:
+    (outputs,) = exported.graph.output_node().args
+    values = [each.meta.get("val") for each in outputs if hasattr(each, "meta")]
+    if len(values) != 1 or not isinstance(values[0], Tensor) or values[0].dim() == 0:
+        raise ValueError(f"{where}: spec_or_model must return one tensor [B, ...]")
+    return prod(values[0].shape[1:])
 
 
 def _caller(

@@ -115,36 +115,25 @@ def check_targets(
 ) -> Tensor:
     """Targets that fit the samples and the outputs."""
     shapes = "[B], [N, B]" + (", [B, K] or [N, B, K]" if values else "")
-    if targets is None:
-        raise ValueError(f"{where}: targets are missing; expected {shapes}")
     _check.tensor(where, "targets", targets, shapes)
+    assert targets is not None
     _check.same_device(where, "targets", targets, "flat", flat)
     regresses = values and targets.is_floating_point()
     if regresses and targets.dtype != flat.dtype:
-        raise TypeError(
-            f"{where}: targets must have flat's dtype {flat.dtype}, not {targets.dtype}"
-        )
+        raise TypeError(f"{where}: targets must be {flat.dtype} as flat, not {targets.dtype}")
     if not regresses and targets.dtype != torch.int64:
         raise TypeError(f"{where}: targets must be classes of dtype int64, not {targets.dtype}")
     samples = x.shape[0] if runner.shared else x.shape[1]
-    outputs = _outputs(runner, flat, x)
-    ends = (samples, outputs) if regresses else (samples,)
-    if tuple(targets.shape) not in (ends, (len(flat), *ends)):
+    outputs = runner.outputs
+    ends = [samples, outputs] if regresses else [samples]
+    if list(targets.shape) not in (ends, [len(flat), *ends]):
         raise ValueError(
-            f"{where}: targets must be {list(ends)} or {[len(flat), *ends]}, not {list(targets.shape)}"
+            f"{where}: targets must have shape {ends} or {[len(flat), *ends]}, not {list(targets.shape)}"
         )
-    if not regresses and targets.numel():
+    if not regresses and targets.numel() and not targets.is_meta:
         low, high = (int(each) for each in targets.aminmax())
         if low < 0 or high >= outputs:
             raise ValueError(
-                f"{where}: targets must lie in [0, {outputs}), given values from {low} to {high}"
+                f"{where}: targets must lie in 0..{outputs - 1}, given {low} to {high}"
             )
     return targets
-
-
-def _outputs(runner: Runner, flat: Tensor, x: Tensor) -> int:
-    if runner.program is not None:
-        return torch.Size(runner.program.made).numel()
-    one = x[:1] if runner.shared else x[0, :1]
-    with torch.no_grad():
-        return runner.call(flat[0], one).flatten(1).shape[1]  # type: ignore[misc]
