@@ -1,15 +1,16 @@
 // Gradients of small networks' layers on a block of images, laid out as in population_layers.h.
 //
-// Gradients of weights are sums over images and pixels: each lane sums its own images, and lanes are summed once, at
-// the end of a batch. Those of linear layers, which have no pixels, are products with features in the lanes.
+// Gradients of weights are sums over images and pixels: each lane sums its own images, and lanes
+// are summed once, at the end of a batch. Those of linear layers, which have no pixels, are
+// products with features in the lanes.
 #pragma once
 
 #include "population_layers.h"
 
 namespace weightops::population {
 
-// to[m][n] (+)= sum over s and k of a[m * row + s * left[0] + k * left[1]] * b[n * column + s * right[0] + k *
-// right[1]], b and to in whole vectors.
+// to[m][n] (+)= sum over s and k of a[m * row + s * left[0] + k * left[1]] * b[n * column + s *
+// right[0] + k * right[1]], b and to in whole vectors.
 template <class Number>
 struct Product {
   const Number *a, *b;
@@ -59,7 +60,8 @@ WEIGHTOPS_INLINE void multiply_tile(const Product<typename Arithmetic::Number>& 
       Arithmetic::store(product.to + m * product.to_row + n * product.to_column, sum[m][n]);
 }
 
-// sum over pixels of left[m] * right[n], each lane's own: gradients of a convolution's weights at one tap.
+// sum over pixels of left[m] * right[n], each lane's own: gradients of a convolution's weights at
+// one tap.
 template <class Number>
 struct Correlation {
   const Number *left, *right;
@@ -140,8 +142,8 @@ void cover(int64_t rows, int64_t columns, F&& f) {
   for (int64_t i = 0; i < heights.count; ++i) {
     const Parts widths(columns, Limits::columns(int(heights.length(i))));
     for (int64_t j = 0; j < widths.count; ++j)
-      f(tile_kernel<Kernel, Arithmetic, Job>(heights.length(i), widths.length(j)),
-        heights.begin(i), widths.begin(j));
+      f(tile_kernel<Kernel, Arithmetic, Job>(heights.length(i), widths.length(j)), heights.begin(i),
+        widths.begin(j));
   }
 }
 
@@ -165,6 +167,8 @@ struct Backward {
   const Number *from[2], *out, *grad;
   Number* into[2];  // gradients of the inputs, null where nobody asks
   bool fresh[2];    // nothing is in them yet
+  bool rectifies;   // a pool: its input is what a ReLU made, whose part is done here, on fewer
+                    // numbers
   Number *weight, *bias;  // sums of every lane, null without
   int64_t width;
 };
@@ -176,8 +180,8 @@ struct Range {
     const int64_t stride = layer.stride[axis],
                   shift = k * layer.dilation[axis] - layer.padding[axis];
     begin = std::min(made, shift < 0 ? (-shift + stride - 1) / stride : 0);
-    end = shift >= taken ? begin
-                         : std::max(begin, std::min(made, (taken - 1 - shift) / stride + 1));
+    end =
+        shift >= taken ? begin : std::max(begin, std::min(made, (taken - 1 - shift) / stride + 1));
     first = begin * stride + shift;
   }
   int64_t length() const { return end - begin; }
@@ -186,11 +190,17 @@ struct Range {
 template <class Arithmetic, class Number = typename Arithmetic::Number>
 WEIGHTOPS_INLINE void add_bias(const Layer& layer, const Backward<Number>& job) {
   const int64_t pixels = layer.made.pixels() * job.width;
+  const int64_t lanes = Arithmetic::lanes;
   for (int64_t c = 0; c < layer.made.channels; ++c) {
-    auto sum = Arithmetic::load(job.bias + c * Arithmetic::lanes);
-    for (int64_t at = 0; at < pixels; at += Arithmetic::lanes)
-      sum += Arithmetic::load(job.grad + c * pixels + at);
-    Arithmetic::store(job.bias + c * Arithmetic::lanes, sum);
+    // Several sums, since one would wait for itself.
+    typename Arithmetic::Vector sum[4] = {Arithmetic::load(job.bias + c * lanes)};
+    const Number* from = job.grad + c * pixels;
+    int64_t at = 0;
+    for (; at + 4 * lanes <= pixels; at += 4 * lanes)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) sum[i] += Arithmetic::load(from + at + i * lanes);
+    for (; at < pixels; at += lanes) sum[0] += Arithmetic::load(from + at);
+    Arithmetic::store(job.bias + c * lanes, (sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
 }
 
@@ -220,8 +230,8 @@ void backward_conv_weight(const Layer& layer, const Backward<Number>& job) {
   const int64_t outputs = made.channels / groups, inputs = taken.channels / groups;
   const int64_t taps = layer.kernel[0] * layer.kernel[1];
   // As many rows of pixels at a time as leave the first-level cache to the taps that read them.
-  const int64_t most = std::max<int64_t>(
-      1, (24 << 10) / int64_t(outputs * made.width * lanes * sizeof(Number)));
+  const int64_t most =
+      std::max<int64_t>(1, (24 << 10) / int64_t(outputs * made.width * lanes * sizeof(Number)));
   Correlation<Number> c{};
   c.left_channel = made.pixels() * width;
   c.left_row = made.width * width;
@@ -244,11 +254,13 @@ void backward_conv_weight(const Layer& layer, const Backward<Number>& job) {
             if (columns.length() <= 0) continue;
             c.height = bottom - y;
             c.width = columns.length();
-            const Number* left = job.grad + (group * outputs * made.pixels() + y * made.width +
-                                             columns.begin) * width + image;
-            const Number* right = job.from[0] + (group * inputs * taken.pixels() +
-                                                 from_y * taken.width + columns.first) * width +
-                                  image;
+            const Number* left =
+                job.grad +
+                (group * outputs * made.pixels() + y * made.width + columns.begin) * width + image;
+            const Number* right =
+                job.from[0] +
+                (group * inputs * taken.pixels() + from_y * taken.width + columns.first) * width +
+                image;
             Number* to =
                 job.weight + (group * outputs * inputs * taps + ky * layer.kernel[1] + kx) * lanes;
             cover<CorrelateTile, Arithmetic, Correlation<Number>>(
@@ -305,10 +317,13 @@ void backward_conv_input(const Layer& layer, const Backward<Number>& job) {
         for (int64_t image = 0; image < width; image += Arithmetic::lanes) {
           product.a = job.row + layer.weight + group * outputs * inputs * taps +
                       first * layer.kernel[1] + kx;
-          product.b = job.grad + (group * outputs * made.pixels() + output * made.width +
-                                  columns.begin) * width + image;
-          product.to = job.into[0] + (group * inputs * taken.pixels() + y * taken.width +
-                                      columns.first) * width + image;
+          product.b =
+              job.grad +
+              (group * outputs * made.pixels() + output * made.width + columns.begin) * width +
+              image;
+          product.to = job.into[0] +
+                       (group * inputs * taken.pixels() + y * taken.width + columns.first) * width +
+                       image;
           multiply<Arithmetic>(product, inputs, columns.length());
         }
       }
@@ -320,7 +335,12 @@ WEIGHTOPS_INLINE void backward_pool(const Layer& layer, const Backward<Number>& 
   using Vector = typename Arithmetic::Vector;
   const Shape taken = layer.taken, made = layer.made;
   const int64_t width = job.width;
-  if (job.fresh[0]) std::fill_n(job.into[0], taken.numel() * width, Number(0));
+  bool once = job.fresh[0];  // windows that take every pixel once
+  const int64_t ends[2][2] = {{taken.height, made.height}, {taken.width, made.width}};
+  for (int axis = 0; axis < 2; ++axis)
+    once &= layer.stride[axis] == layer.kernel[axis] && layer.dilation[axis] == 1 &&
+            layer.padding[axis] == 0 && ends[axis][0] == ends[axis][1] * layer.kernel[axis];
+  if (job.fresh[0] && !once) std::fill_n(job.into[0], taken.numel() * width, Number(0));
   const auto inside = [&](int axis, int64_t place, int64_t length, int64_t* begin, int64_t* end) {
     const int64_t first = place * layer.stride[axis] - layer.padding[axis],
                   d = layer.dilation[axis];
@@ -344,6 +364,7 @@ WEIGHTOPS_INLINE void backward_pool(const Layer& layer, const Backward<Number>& 
           Vector rest = Arithmetic::load(grad + image);
           if constexpr (!largest) rest *= share;
           const Vector best = largest ? Arithmetic::load(out + image) : Vector{};
+          if (largest && job.rectifies) rest = best > 0 ? rest : Vector{};
           for (int64_t i = rows[0]; i < rows[1]; ++i)
             for (int64_t j = columns[0]; j < columns[1]; ++j) {
               const int64_t at =
@@ -357,7 +378,8 @@ WEIGHTOPS_INLINE void backward_pool(const Layer& layer, const Backward<Number>& 
                 given = hit ? rest : Vector{};
                 rest = hit ? Vector{} : rest;
               }
-              Arithmetic::store(into + at, Arithmetic::load(into + at) + given);
+              if (!once) given += Arithmetic::load(into + at);
+              Arithmetic::store(into + at, given);
             }
         }
       }
@@ -529,9 +551,8 @@ void backward_layer(const Layer& layer, const Backward<Number>& job) {
     backward_conv_weight<Arithmetic>(layer, job);
     if (job.into[0]) backward_conv_input<Arithmetic>(layer, job);
   }
-  enter<Arithmetic::bytes>([&]() __attribute__((always_inline)) {
-    backward_other<Arithmetic>(layer, job);
-  });
+  enter<Arithmetic::bytes>(
+      [&]() __attribute__((always_inline)) { backward_other<Arithmetic>(layer, job); });
 }
 
 }  // namespace weightops::population

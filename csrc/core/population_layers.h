@@ -263,10 +263,13 @@ WEIGHTOPS_INLINE void forward_pool(const Layer& layer, const Number* from, Numbe
                   ((top + i * layer.dilation[0]) * taken.width + left + j * layer.dilation[1]) *
                       width +
                   image);
-              if constexpr (largest)
-                sum = (value > sum) | (value != value) ? value : sum;
-              else
+              // Not one condition of the two: GCC 12 takes a disjunction lane by lane.
+              if constexpr (largest) {
+                sum = value > sum ? value : sum;
+                sum = value != value ? Vector{} + std::numeric_limits<Number>::quiet_NaN() : sum;
+              } else {
                 sum += value;
+              }
             }
           Arithmetic::store(out + image, largest ? sum : sum * share);
         }

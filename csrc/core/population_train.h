@@ -1,5 +1,6 @@
-// Losses, gradients and whole trainings of small networks. A thread takes one network at a time, whose weights,
-// gradients and moments stay in its core's cache for all steps; images go through all layers in blocks that do too.
+// Losses, gradients and whole trainings of small networks. A thread takes one network at a time,
+// whose weights, gradients and moments stay in its core's cache for all steps; images go through
+// all layers in blocks that do too.
 #pragma once
 
 #include <string>
@@ -55,8 +56,8 @@ void update(const Optimizer& optimizer, double rate, int64_t step, int64_t count
     const Number size = adamw ? rate / (1 - std::pow(settings[0], step)) : 0;
     const Number correction = adamw ? std::sqrt(1 - std::pow(settings[1], step)) : 1;
     const bool nesterov = settings[1] != 0;
-    const auto advance = [&](Number* w, const Number* g, Number* m, Number* v)
-                             __attribute__((always_inline)) {
+    const auto advance = [&](Number* w, const Number* g, Number* m,
+                             Number* v) __attribute__((always_inline)) {
       Vector weight = Arithmetic::load(w), grad = Arithmetic::load(g), mean = Arithmetic::load(m);
       if (adamw) {
         mean += (grad - mean) * share;
@@ -99,11 +100,17 @@ class Worker {
       for (const int64_t input : layer.inputs)
         if (input >= 0) ++readers[input];
     place_.resize(values);
+    pooled_.assign(values, 0);
+    followed_.assign(values, 0);
+    for (const Layer& layer : plan.layers)
+      if (layer.kind == Kind::max_pool && readers[layer.inputs[0]] == 1)
+        pooled_[layer.inputs[0]] = 1;
     int64_t numbers = 0;
     for (int64_t value = 0; value < values; ++value) {
       place_[value] = value;
       if (value > 0 && rectifies(plan.layers[value - 1], readers)) {
         place_[value] = place_[plan.layers[value - 1].inputs[0]];
+        followed_[place_[value] - 1] = 1;
         continue;
       }
       numbers += 2 * plan.numel(value);
@@ -146,7 +153,8 @@ class Worker {
     }
   }
 
-  // The mean loss of `count` samples, `picked` or, if that is null, the first ones; gradients of all P weights.
+  // The mean loss of `count` samples, `picked` or, if that is null, the first ones; gradients of
+  // all P weights.
   double loss_grad(const Number* row, const Samples<Number>& samples, const int64_t* picked,
                    int64_t count, int64_t weights, Number* grads) {
     std::fill_n(sums_.get(0), sums_size_, Number(0));
@@ -181,8 +189,8 @@ class Worker {
 
   static int64_t padded(int64_t count) { return (count + lanes - 1) / lanes * lanes; }
 
-  // Whether a layer is a ReLU that may take the place of what it reads: nobody else reads that, and the layer that
-  // made it does not look at it again.
+  // Whether a layer is a ReLU that may take the place of what it reads: nobody else reads that, and
+  // the layer that made it does not look at it again.
   bool rectifies(const Layer& layer, const std::vector<int>& readers) const {
     const int64_t input = layer.inputs[0];
     if (layer.kind != Kind::relu || input == 0 || readers[input] > 1) return false;
@@ -198,6 +206,8 @@ class Worker {
     }
   }
 
+  // Whether layer l is a ReLU in its input's memory.
+  bool in_place(int64_t l) const { return place_[l + 1] != l + 1; }
   Number* value(int64_t v) { return values_[place_[v]].get(0); }
   Number* grad(int64_t v) { return v == 0 ? nullptr : grads_[place_[v]].get(0); }
 
@@ -234,11 +244,12 @@ class Worker {
       const Number* inputs[] = {value(layer.inputs[0]),
                                 layer.inputs[1] >= 0 ? value(layer.inputs[1]) : nullptr};
       Number* out = value(l + 1);
+      if (in_place(l) && plan_.layers[layer.inputs[0] - 1].kind == Kind::conv) continue;
       if (layer.kind == Kind::linear)
         forward_linear(layer, row, inputs[0], out);
       else
         forward_layer<Arithmetic>(layer, row, packed_.get(0) + slots_[l].packed, inputs, out,
-                                  width_, room_.get(0));
+                                  width_, room_.get(0), followed_[l]);
     }
   }
 
@@ -290,8 +301,8 @@ class Worker {
           top = logit > top ? logit : top;
         }
         for (int64_t k = 0; k < outputs; ++k) {
-          const Vector power = elementary::exp<Arithmetic>(
-              Arithmetic::load(logits + k * width_ + image) - top);
+          const Vector power =
+              elementary::exp<Arithmetic>(Arithmetic::load(logits + k * width_ + image) - top);
           total += power;
           Arithmetic::store(grads + k * width_ + image, power);
         }
@@ -304,8 +315,7 @@ class Worker {
         Arithmetic::store(tops + image, top);
         Arithmetic::store(totals + image, total);
       }
-      for (int64_t i = 0; i < here; ++i)
-        grads[samples.classes[indices[i]] * width_ + i] -= share;
+      for (int64_t i = 0; i < here; ++i) grads[samples.classes[indices[i]] * width_ + i] -= share;
     });
     for (int64_t i = 0; i < here; ++i)
       loss += double(tops[i] - logits[samples.classes[indices[i]] * width_ + i]) +
@@ -317,14 +327,14 @@ class Worker {
 
   void backward(const Number* row, int64_t here) {
     const int64_t layers = plan_.layers.size();
-    std::vector<char>& reached = reached_;
-    reached.assign(layers + 1, 0);
-    reached[place_[layers]] = 1;
+    reached_.assign(layers + 1, 0);
+    reached_[place_[layers]] = 1;
     for (int64_t l = layers - 1; l >= 0; --l) {
       const Layer& layer = plan_.layers[l];
       // Nothing comes of what the output does not depend on.
-      if (!reached[place_[l + 1]]) continue;
-      const bool in_place = place_[l + 1] != l + 1;
+      if (!reached_[place_[l + 1]]) continue;
+      // A pool that alone reads what a ReLU made has done its part.
+      if (in_place(l) && pooled_[l + 1]) continue;
       Backward<Number> job{};
       job.row = row;
       job.out = value(l + 1);
@@ -335,9 +345,11 @@ class Worker {
         if (input < 0) continue;
         job.from[i] = value(input);
         job.into[i] = grad(input);
-        job.fresh[i] = in_place || !reached[place_[input]];
-        reached[place_[input]] = 1;
+        job.fresh[i] = in_place(l) || !reached_[place_[input]];
+        reached_[place_[input]] = 1;
       }
+      job.rectifies =
+          layer.inputs[0] > 0 && pooled_[layer.inputs[0]] && in_place(layer.inputs[0] - 1);
       Number* sums = sums_.get(0);
       if (layer.weight >= 0) job.weight = sums + slots_[l].weight;
       if (layer.bias >= 0) job.bias = sums + slots_[l].bias;
@@ -358,8 +370,8 @@ class Worker {
           for (int64_t image = 0; image < width_; image += lanes) {
             Vector tile[lanes];
             for (int64_t i = 0; i < lanes; ++i)
-              tile[i] = f + i < inputs ? Arithmetic::load(from + (f + i) * width_ + image)
-                                       : Vector{};
+              tile[i] =
+                  f + i < inputs ? Arithmetic::load(from + (f + i) * width_ + image) : Vector{};
             Arithmetic::transpose(tile);
             for (int64_t i = 0; i < lanes; ++i)
               Arithmetic::store(made + (image + i) * stride + f, tile[i]);
@@ -385,16 +397,18 @@ class Worker {
     enter<Arithmetic::bytes>([&]() __attribute__((always_inline)) {
       const auto total = [&](const Number* from, int64_t count, Number* to)
                              __attribute__((always_inline)) {
-        int64_t at = 0;
-        for (; at + lanes <= count; at += lanes) {
-          Vector tile[lanes], sum = Arithmetic::load(to + at);
-          for (int64_t i = 0; i < lanes; ++i) tile[i] = Arithmetic::load(from + (at + i) * lanes);
-          Arithmetic::transpose(tile);
-          for (int64_t i = 0; i < lanes; ++i) sum += tile[i];
-          Arithmetic::store(to + at, sum);
-        }
-        for (; at < count; ++at) to[at] += Arithmetic::total(Arithmetic::load(from + at * lanes));
-      };
+                               int64_t at = 0;
+                               for (; at + lanes <= count; at += lanes) {
+                                 Vector tile[lanes], sum = Arithmetic::load(to + at);
+                                 for (int64_t i = 0; i < lanes; ++i)
+                                   tile[i] = Arithmetic::load(from + (at + i) * lanes);
+                                 Arithmetic::transpose(tile);
+                                 for (int64_t i = 0; i < lanes; ++i) sum += tile[i];
+                                 Arithmetic::store(to + at, sum);
+                               }
+                               for (; at < count; ++at)
+                                 to[at] += Arithmetic::total(Arithmetic::load(from + at * lanes));
+                             };
       const Number* sums = sums_.get(0);
       for (size_t l = 0; l < plan_.layers.size(); ++l) {
         const Layer& layer = plan_.layers[l];
@@ -415,6 +429,8 @@ class Worker {
   const Plan& plan_;
   std::vector<int64_t> place_;  // of a value: which one's memory it has
   std::vector<Slot> slots_;
+  std::vector<char> followed_;  // per layer: by a ReLU in place
+  std::vector<char> pooled_;    // per value: read by a max pool alone
   std::vector<char> reached_;
   int64_t vectors_, width_, sums_size_, products_size_;
   bool reads_rows_ = false;
@@ -427,7 +443,7 @@ struct Job {
   Number* flat;  // of one network, in place
   Number *first, *second;
   Samples<Number> samples;
-  const int64_t* batches;  // of its first step; null: all rows
+  const int64_t* batches;     // of its first step; null: all rows
   int64_t batch, next_batch;  // rows, and how far the next step's are
   Number* losses;
   int64_t next_loss;

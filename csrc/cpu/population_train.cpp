@@ -1,4 +1,5 @@
-// population_loss_grad and population_steps for the CPU dispatch key: networks are shared out over threads.
+// population_loss_grad and population_steps for the CPU dispatch key: networks are shared out over
+// threads.
 #include "../core/population_train.h"
 
 #include <string>
@@ -35,9 +36,8 @@ struct Data {
                         x.scalar_type() == flat.scalar_type(),
                     op, ": x must be [B, ...] or [N, B, ...] of flat's dtype");
     rows = x.size(axes);
-    STD_TORCH_CHECK(
-        rows > 0 && x.numel() == rows * plan.taken * (shared ? 1 : networks), op,
-        ": x must have rows, of as many numbers as the program takes");
+    STD_TORCH_CHECK(rows > 0 && x.numel() == rows * plan.taken * (shared ? 1 : networks), op,
+                    ": x must have rows, of as many numbers as the program takes");
     values = targets.scalar_type() == flat.scalar_type();
     STD_TORCH_CHECK(values || targets.scalar_type() == ScalarType::Long, op,
                     ": targets must be int64, or of flat's dtype");
@@ -149,18 +149,18 @@ std::tuple<Tensor, Tensor, Tensor> population_steps(
                       batches.scalar_type() == ScalarType::Long,
                   op, ": batches must be int64 [S, N, b]");
   const int64_t* rows = batches.const_data_ptr<int64_t>();
-  STD_TORCH_CHECK(std::all_of(rows, rows + batches.numel(),
-                              [&](int64_t r) { return r >= 0 && r < data.rows; }),
-                  op, ": batches must lie in [0, rows)");
+  STD_TORCH_CHECK(
+      std::all_of(rows, rows + batches.numel(), [&](int64_t r) { return r >= 0 && r < data.rows; }),
+      op, ": batches must lie in [0, rows)");
   STD_TORCH_CHECK(rates.dim() == 1 && rates.size(0) == data.networks &&
                       rates.scalar_type() == ScalarType::Double,
                   op, ": rates must be float64 [N]");
   std::vector<int64_t> trained{0};
   STD_TORCH_CHECK(frozen.size() % 2 == 0, op, ": frozen must be pairs");
   for (size_t i = 0; i < frozen.size(); i += 2) {
-    STD_TORCH_CHECK(frozen[i] >= trained.back() && frozen[i + 1] >= frozen[i] &&
-                        frozen[i + 1] <= data.weights,
-                    op, ": frozen must be ranges of weights in order");
+    STD_TORCH_CHECK(
+        frozen[i] >= trained.back() && frozen[i + 1] >= frozen[i] && frozen[i + 1] <= data.weights,
+        op, ": frozen must be ranges of weights in order");
     trained.insert(trained.end(), {frozen[i], frozen[i + 1]});
   }
   trained.push_back(data.weights);
