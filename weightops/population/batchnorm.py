@@ -10,13 +10,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from weightops import _check
 from weightops.ops.population import reference
-from weightops.population._resolve import Runner, resolve
+from weightops.population._resolve import resolve
 from weightops.spec import WeightSpec
 from weightops.tracing.export import read_weights
 
 
 def population_batchnorm(
-    flat: Tensor, model: WeightSpec | nn.Module, x: Tensor, *, momentum: float | None = None
+    flat: Tensor, spec_or_model: WeightSpec | nn.Module, x: Tensor, *, momentum: float | None = None
 ) -> Tensor:
     """Re-estimate the batch-norm statistics of every network in one pass over ``x``.
 
@@ -25,7 +25,7 @@ def population_batchnorm(
 
     Args:
         flat: the networks ``[N, P]`` in the order of :meth:`WeightSpec.flatten`; not changed.
-        model: the architecture: a module, whose own weights do not matter, or a spec traced in this process.
+        spec_or_model: the architecture: a module, whose own weights do not matter, or a spec traced in this process.
         x: samples ``[B, ...]`` for all networks or ``[N, B, ...]``; at least two numbers a channel.
         momentum: of the new statistics against those in ``flat``; ``None``: the new ones alone.
 
@@ -37,25 +37,25 @@ def population_batchnorm(
         TypeError: wrong types or dtypes.
     """
     where = "population_batchnorm"
-    runner = resolve(where, flat, model, x)
+    runner = resolve(where, flat, spec_or_model, x)
     weight = 1.0
     if momentum is not None:
-        _check.number(where, "momentum", momentum, 0, 1 + 1e-12)
+        _check.number(where, "momentum", momentum, 0, 1)
         weight = float(momentum)
     if (x.shape[0] if runner.shared else x.shape[1]) < 2:
         raise ValueError(f"{where}: x must have two samples at least, not shape {list(x.shape)}")
     if runner.program is not None:
         norms = any(layer.kind == "batch_norm" for layer in runner.program.layers)
     else:
-        assert isinstance(model, nn.Module)
-        norms = any(_runs(module) for module in model.modules())
+        assert isinstance(spec_or_model, nn.Module)
+        norms = any(_runs(module) for module in spec_or_model.modules())
     if not norms:
-        raise ValueError(f"{where}: model has no batch norm with running statistics")
+        raise ValueError(f"{where}: spec_or_model has no batch norm with running statistics")
 
     def estimate(row: Tensor, x: Tensor) -> Tensor:
         if runner.program is not None:
             return reference.estimate(row, x, runner.code)
-        return _estimate(model, runner, row, x)  # type: ignore[arg-type]
+        return _estimate(spec_or_model, row, x)  # type: ignore[arg-type]
 
     with torch.no_grad():
         found = torch.func.vmap(estimate, (0, None if runner.shared else 0))(flat.detach(), x)
@@ -66,7 +66,7 @@ def _runs(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and module.track_running_stats
 
 
-def _estimate(model: nn.Module, runner: Runner, row: Tensor, x: Tensor) -> Tensor:
+def _estimate(model: nn.Module, row: Tensor, x: Tensor) -> Tensor:
     own = copy.deepcopy(model).eval()
     for module in own.modules():
         if _runs(module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from weightops.tracing.export import read_weights
 
 #: one call's steps: their rows, int64, stay below this many bytes, and Ctrl-C is heard between calls
 _BATCH_BYTES, _CHUNK = 1 << 25, 256
+_MOST = sys.float_info.max
 _MOMENTS = {"adamw": 2, "sgd": 1}
 _DECAY = {"adamw": 1e-2, "sgd": 0.0}
 
@@ -60,7 +62,7 @@ class Training:
 
 def population_train(
     flat: Tensor,
-    model: WeightSpec | nn.Module,
+    spec_or_model: WeightSpec | nn.Module,
     data: tuple[Tensor, Tensor],
     *,
     steps: int,
@@ -88,7 +90,7 @@ def population_train(
 
     Args:
         flat: the networks ``[N, P]`` in the order of :meth:`WeightSpec.flatten`; not changed.
-        model: the architecture: a module, whose own weights do not matter, or a spec traced in this process.
+        spec_or_model: the architecture: a module, whose own weights do not matter, or a spec traced in this process.
         data: samples ``[D, ...]`` for all networks or ``[N, D, ...]``, and targets: classes, int64 ``[D]`` or
             ``[N, D]``, for cross-entropy, or values ``[D, K]`` or ``[N, D, K]`` for a mean squared error.
         steps: how many to make.
@@ -113,7 +115,7 @@ def population_train(
     if not (isinstance(data, (tuple, list)) and len(data) == 2):
         raise TypeError(f"{where}: data must be a pair (x, targets), not {_check.describe(data)}")
     x, targets = data
-    runner = resolve(where, flat, model, x)
+    runner = resolve(where, flat, spec_or_model, x)
     targets = check_targets(where, runner, flat, x, targets)
     rows, networks = x.shape[0] if runner.shared else x.shape[1], len(flat)
     if rows == 0:
@@ -131,14 +133,14 @@ def population_train(
     batches = Batches(rows, batch_size, network_seeds(where, seed, networks))
     called = _probes(where, probes)
     first, moments = _begin(where, state, optimizer, flat)
-    advance = _stepper(runner, model, flat, x)
+    advance = _stepper(runner, spec_or_model)
 
-    flat = flat.detach()
+    flat, x, targets = flat.detach(), x.detach(), targets.detach()
     recorded: list[Tensor] = []
     found: dict[str, list[Tensor]] = {name: [] for name in called}
     diverged = torch.zeros(networks, dtype=torch.bool, device=flat.device)
-    bytes_a_step = 8 * networks * max(1, batch_size or 1)
-    most = max(1, min(_CHUNK, _BATCH_BYTES // bytes_a_step, every if called else _CHUNK))
+    bytes_a_step = 8 * max(1, networks * (batch_size or 1))
+    most = max(1, min(_CHUNK, _BATCH_BYTES // bytes_a_step))
     chunks = [*_chunks(first, first + steps, most, every if called else 0)]
     for begin, end in track(chunks, "training", enabled=progress):
         if called and begin % every == 0:
@@ -173,13 +175,13 @@ def _settings(
     momentum: float, nesterov: bool,
 ) -> list[float]:  # fmt: skip
     decay = _DECAY[optimizer] if weight_decay is None else weight_decay
-    _check.number(where, "weight_decay", decay, 0, math.inf)
+    _check.number(where, "weight_decay", decay, 0, _MOST)
     if not (isinstance(betas, (tuple, list)) and len(betas) == 2):
         raise TypeError(f"{where}: betas must be a pair of numbers, not {_check.describe(betas)}")
     for i, beta in enumerate(betas):
         _check.number(where, f"betas[{i}]", beta, 0, 1)
-    _check.number(where, "eps", eps, 0, math.inf)
-    _check.number(where, "momentum", momentum, 0, math.inf)
+    _check.number(where, "eps", eps, 0, _MOST)
+    _check.number(where, "momentum", momentum, 0, _MOST)
     _check.flag(where, "nesterov", nesterov)
     if nesterov and momentum == 0:
         raise ValueError(f"{where}: nesterov needs a momentum above 0")
@@ -190,7 +192,7 @@ def _settings(
 
 def _rates(where: str, lr: float | Tensor, networks: int) -> Tensor:
     if not isinstance(lr, Tensor):
-        _check.number(where, "lr", lr, 0, math.inf)
+        _check.number(where, "lr", lr, 0, _MOST)
         return torch.full((networks,), float(lr), dtype=torch.float64)
     _check.tensor(where, "lr", lr, "[N]", 1)
     _check.floating(where, "lr", lr)
@@ -214,7 +216,9 @@ def _probes(where: str, probes: Any) -> dict[str, Callable[[Tensor], Tensor]]:
 def _probe(where: str, name: str, probe: Callable[[Tensor], Tensor], flat: Tensor) -> Tensor:
     made = probe(flat)
     if not isinstance(made, Tensor):
-        raise TypeError(f"{where}: probes[{name!r}] must return a tensor, not {_check.describe(made)}")
+        raise TypeError(
+            f"{where}: probes[{name!r}] must return a tensor, not {_check.describe(made)}"
+        )
     return made.detach().clone()
 
 
@@ -235,21 +239,20 @@ def _begin(
     return state.step, state.moments
 
 
-def by_torch(runner: Runner, flat: Tensor) -> str:
+def by_torch(runner: Runner) -> str:
     """Why kernels don't train these networks; empty where they do."""
     if runner.program is None:
         return runner.reason
     if any(layer.kind == "batch_norm" for layer in runner.program.layers):
         return "batch norm by a batch's own statistics"
-    return "" if flat.dtype in (torch.float32, torch.float64) else f"{flat.dtype}"
+    return ""
 
 
 def _stepper(
-    runner: Runner, model: WeightSpec | nn.Module, flat: Tensor, x: Tensor
+    runner: Runner, model: WeightSpec | nn.Module
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     frozen = _frozen(runner, model)
-    slow = by_torch(runner, flat)
-    run = training_reference.population_steps if slow else population_steps
+    run = training_reference.population_steps if by_torch(runner) else population_steps
 
     def advance(
         flat: Tensor, moments: Tensor, x: Tensor, targets: Tensor, rows: Tensor, rates: Tensor,

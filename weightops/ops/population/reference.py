@@ -39,9 +39,7 @@ def estimate(row: Tensor, x: Tensor, code: Sequence[int]) -> Tensor:
     return row
 
 
-def _apply(
-    layer: dict, row: Tensor, x: Tensor, *others: Tensor, training: bool = False
-) -> Tensor:
+def _apply(layer: dict, row: Tensor, x: Tensor, *others: Tensor, training: bool = False) -> Tensor:
     kind, (channels, height, width) = layer["kind"], layer["taken"]
     outputs, settings = layer["made"][0], layer["settings"]
 
