@@ -274,7 +274,7 @@ def _frozen(runner: Runner, model: WeightSpec | nn.Module) -> list[int]:
     """Begins and ends, in a network's row, of what is not trained."""
     if isinstance(model, WeightSpec):
         assert runner.program is not None
-        held = {name for layer in runner.program.layers for name in layer.tensors[2:]}
+        held = {name for layer in runner.program.layers for name in layer.tensors[2:] if name}
         spans = {name: (model.offsets[name], shape.numel()) for name, shape in model.shapes.items()}
     else:
         weights = read_weights(model)

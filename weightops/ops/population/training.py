@@ -38,7 +38,7 @@ def _fake_loss_grad(
 
 
 #: not differentiable itself: it is what differentiates
-population_loss_grad = _op.define(
+population_loss_grad: Callable = _op.define(
     "population_loss_grad(Tensor flat, Tensor x, Tensor targets, int[] code, bool shared)"
     " -> (Tensor, Tensor)",
     reference=training_reference.population_loss_grad,
@@ -54,7 +54,7 @@ def _fake_steps(
     return torch.empty_like(flat), torch.empty_like(state), losses
 
 
-population_steps = _op.define(
+population_steps: Callable = _op.define(
     "population_steps(Tensor flat, Tensor state, Tensor x, Tensor targets, Tensor batches, Tensor rates,"
     " int[] code, bool shared, int[] frozen, str optimizer, float[] settings, int first_step)"
     " -> (Tensor, Tensor, Tensor)",
