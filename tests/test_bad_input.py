@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import bad_generate
+import bad_training
 import numpy as np
 import pytest
 import torch
@@ -210,6 +211,7 @@ VALID: dict[str, tuple[Callable, dict[str, Any]]] = {
         {"permutations": {"h": [("w1", 0), ("b", 0), ("w2", 1)]}, "shapes": SPEC.shapes},
     ),
     **bad_generate.VALID,
+    **bad_training.VALID,
 }
 
 H, ONE = PERMS["h"], PERMS["h"][0]
@@ -973,6 +975,7 @@ SWEEP |= {
         (None, TYPE, "shapes must be a module, a state dict or map names to shapes, not NoneType")
     ],
     **bad_generate.SWEEP,
+    **bad_training.SWEEP,
 }
 
 CASES = [
@@ -1081,7 +1084,7 @@ JUNK = st.recursive(
 )
 # Reasonable memory, not a reasonable number, is what bounds these.
 COUNTS = JUNK.filter(lambda value: type(value) is not int or value < 1000)
-BOUNDED = ("n", "points", "max_sweeps", "trials")
+BOUNDED = ("n", "points", "max_sweeps", "trials", "steps")
 
 
 @pytest.mark.parametrize("where", VALID)

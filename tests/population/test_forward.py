@@ -43,7 +43,12 @@ def layers() -> dict[str, tuple[Program, dict[str, int]]]:
 
     for name, (taken, out, inner, settings) in CONV.items():
         weight = out[0] * inner * settings[0] * settings[1]
-        add(f"conv {name}", Layer("conv", (0,), taken, out, ("w", "b"), settings), w=weight, b=out[0])
+        add(
+            f"conv {name}",
+            Layer("conv", (0,), taken, out, ("w", "b"), settings),
+            w=weight,
+            b=out[0],
+        )
     taken, out, inner, settings = CONV["padded"]
     add("conv without bias", Layer("conv", (0,), taken, out, ("w", None), settings), w=9 * 27)
     for taken, out in ((7, 1), (33, 19), (1, 65)):
@@ -313,7 +318,18 @@ def test_other_instruction_sets_pass_too(isa: str) -> None:
         pytest.skip("no compiled library")
     chosen = "definition or blocks or outputs or reductions or ties or range or threads"
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, __file__],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            chosen,
+            __file__,
+        ],
         env={**os.environ, "WEIGHTOPS_ISA": isa},
         cwd=Path(__file__).parents[2],
         capture_output=True,

@@ -13,17 +13,33 @@ from torch.nn import functional as F
 from weightops.ops.population.program import decode
 
 
-def run(row: Tensor, x: Tensor, code: Sequence[int]) -> Tensor:
-    """One network: ``row [P]``, ``x [B, *taken]`` -> ``[B, *made]``, flattened to ``[B, K]``."""
+def run(row: Tensor, x: Tensor, code: Sequence[int], training: bool = False) -> Tensor:
+    """One network: ``row [P]``, ``x [B, *taken]`` -> ``[B, *made]``, flattened to ``[B, K]``.
+
+    In ``training`` batch norm goes by the batch's own statistics.
+    """
     _, layers = decode(list(code))
     values = [x]
     for layer in layers:
         taken = [values[i].reshape(len(x), *layer["taken"]) for i in layer["inputs"]]
-        values.append(_apply(layer, row, *taken))
+        values.append(_apply(layer, row, *taken, training=training))
     return values[-1].reshape(len(x), prod(layers[-1]["made"]))
 
 
-def _apply(layer: dict, row: Tensor, x: Tensor, *others: Tensor) -> Tensor:
+def estimate(row: Tensor, x: Tensor, code: Sequence[int]) -> Tensor:
+    """``row`` with the batch's own means and unbiased variances as batch norm's running statistics."""
+    row, values = row.clone(), [x]
+    for layer in decode(list(code))[1]:
+        taken = [values[i].reshape(len(x), *layer["taken"]) for i in layer["inputs"]]
+        if layer["kind"] == "batch_norm":
+            variance, mean = torch.var_mean(taken[0], (0, 2, 3))
+            for place, found in zip(layer["places"][2:], (mean, variance), strict=True):
+                row[place : place + len(found)] = found
+        values.append(_apply(layer, row, *taken, training=True))
+    return row
+
+
+def _apply(layer: dict, row: Tensor, x: Tensor, *others: Tensor, training: bool = False) -> Tensor:
     kind, (channels, height, width) = layer["kind"], layer["taken"]
     outputs, settings = layer["made"][0], layer["settings"]
 
@@ -50,11 +66,12 @@ def _apply(layer: dict, row: Tensor, x: Tensor, *others: Tensor) -> Tensor:
             x, settings[:2], settings[2:4], settings[4:6], count_include_pad=settings[8] == 1
         )
     if kind == "batch_norm":
+        weight, bias, eps = tensor(0, channels), tensor(1, channels), layer["eps"]
+        if training:
+            return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
         # Running statistics are data, not parameters: nothing is differentiated by them.
         mean, variance = tensor(2, channels).detach(), tensor(3, channels).detach()
-        return F.batch_norm(
-            x, mean, variance, tensor(0, channels), tensor(1, channels), eps=layer["eps"]
-        )
+        return F.batch_norm(x, mean, variance, weight, bias, eps=eps)
     if kind == "group_norm":
         return F.group_norm(
             x, settings[0], tensor(0, channels), tensor(1, channels), eps=layer["eps"]

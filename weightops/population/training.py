@@ -1,0 +1,293 @@
+"""Training of N networks of one architecture at once."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from weightops import _check
+from weightops._progress import track
+from weightops.ops.population import training_reference
+from weightops.ops.population.training import population_steps
+from weightops.population._batches import Batches, network_seeds
+from weightops.population._resolve import Runner, resolve
+from weightops.population.forward import check_targets
+from weightops.spec import WeightSpec
+from weightops.tracing.export import read_weights
+
+#: one call's steps: their rows, int64, stay below this many bytes, and Ctrl-C is heard between calls
+_BATCH_BYTES, _CHUNK = 1 << 25, 256
+_MOST = sys.float_info.max
+_MOMENTS = {"adamw": 2, "sgd": 1}
+_DECAY = {"adamw": 1e-2, "sgd": 0.0}
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a training goes on from.
+
+    Attributes:
+        step: steps made.
+        moments: of the optimiser: ``[2, N, P]`` of adamw, ``[1, N, P]`` of sgd.
+    """
+
+    step: int
+    moments: Tensor
+
+
+@dataclass(frozen=True)
+class Training:
+    """What :func:`population_train` gives.
+
+    Attributes:
+        flat: the trained networks ``[N, P]``.
+        losses: ``[recorded steps, N]``, each the loss of its mini-batch before the step.
+        probes: name -> the probe's results, stacked in front.
+        state: for ``population_train(..., state=)`` to go on from.
+        diverged: ``[N]``, networks that had a loss, or have a weight, that is not finite.
+    """
+
+    flat: Tensor
+    losses: Tensor
+    probes: dict[str, Tensor]
+    state: TrainingState
+    diverged: Tensor
+
+
+def population_train(
+    flat: Tensor,
+    spec_or_model: WeightSpec | nn.Module,
+    data: tuple[Tensor, Tensor],
+    *,
+    steps: int,
+    optimizer: Literal["adamw", "sgd"] = "adamw",
+    lr: float | Tensor = 1e-3,
+    weight_decay: float | None = None,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    batch_size: int | None = None,
+    seed: int | Sequence[int] = 0,
+    probes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    every: int = 1,
+    state: TrainingState | None = None,
+    progress: bool = True,
+) -> Training:
+    """Train every network of a population, each by itself, as ``torch.optim`` would.
+
+    Layers that kernels have (see :func:`population_forward`) are trained with a network's weights, gradients
+    and moments in the cache of one core for many steps; other models, and those with batch norm, by batched
+    torch. Layers are in eval mode, but for batch norm with a program, which goes by the batch's own
+    statistics; call :func:`population_batchnorm` behind the training. Buffers and parameters that don't
+    require gradients stay as they are. A network that diverges does not disturb the others.
+
+    Args:
+        flat: the networks ``[N, P]`` in the order of :meth:`WeightSpec.flatten`; not changed.
+        spec_or_model: the architecture: a module, whose own weights do not matter, or a spec traced in this process.
+        data: samples ``[D, ...]`` for all networks or ``[N, D, ...]``, and targets: classes, int64 ``[D]`` or
+            ``[N, D]``, for cross-entropy, or values ``[D, K]`` or ``[N, D, K]`` for a mean squared error.
+        steps: how many to make.
+        optimizer: ``"adamw"`` or ``"sgd"``.
+        lr: learning rate, one or per network ``[N]``.
+        weight_decay: by default 0.01 for adamw and 0 for sgd, as in ``torch.optim``.
+        betas, eps: of adamw.
+        momentum, nesterov: of sgd; the dampening is 0.
+        batch_size: rows of a mini-batch; ``None``: all rows at every step. An epoch takes its batches from a
+            permutation of the rows, without the rest that fills no batch.
+        seed: of the permutations: an integer, or one per network. A network's do not depend on the others.
+        probes: name -> ``probe(flat)``, called at every ``every``-th step, before it.
+        every: of how many steps losses are recorded, counted from the state's step.
+        state: from an earlier training with the same options, to go on: the same as all steps at once.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: shapes do not fit, targets or options out of range, a model that does not export.
+        TypeError: wrong types or dtypes.
+    """
+    where = "population_train"
+    if not (isinstance(data, (tuple, list)) and len(data) == 2):
+        raise TypeError(f"{where}: data must be a pair (x, targets), not {_check.describe(data)}")
+    x, targets = data
+    runner = resolve(where, flat, spec_or_model, x)
+    targets = check_targets(where, runner, flat, x, targets)
+    rows, networks = x.shape[0] if runner.shared else x.shape[1], len(flat)
+    if rows == 0:
+        raise ValueError(f"{where}: data must have rows, given x of shape {list(x.shape)}")
+    _check.count(where, "steps", steps, 0)
+    _check.count(where, "every", every)
+    _check.flag(where, "progress", progress)
+    _check.choice(where, "optimizer", optimizer, tuple(_MOMENTS))
+    settings = _settings(where, optimizer, weight_decay, betas, eps, momentum, nesterov)
+    rates = _rates(where, lr, networks)
+    if batch_size is not None:
+        _check.count(where, "batch_size", batch_size)
+        if batch_size > rows:
+            raise ValueError(f"{where}: batch_size is {batch_size}, but data has {rows} rows")
+    batches = Batches(rows, batch_size, network_seeds(where, seed, networks))
+    called = _probes(where, probes)
+    first, moments = _begin(where, state, optimizer, flat)
+    advance = _stepper(runner, spec_or_model)
+
+    flat, x, targets = flat.detach(), x.detach(), targets.detach()
+    recorded: list[Tensor] = []
+    found: dict[str, list[Tensor]] = {name: [] for name in called}
+    diverged = torch.zeros(networks, dtype=torch.bool, device=flat.device)
+    bytes_a_step = 8 * max(1, networks * (batch_size or 1))
+    most = max(1, min(_CHUNK, _BATCH_BYTES // bytes_a_step))
+    chunks = [*_chunks(first, first + steps, most, every if called else 0)]
+    for begin, end in track(chunks, "training", enabled=progress):
+        if called and begin % every == 0:
+            for name, probe in called.items():
+                found[name].append(_probe(where, name, probe, flat))
+        drawn = batches.rows(begin, end).to(flat.device)
+        flat, moments, losses = advance(
+            *(flat, moments, x, targets, drawn, rates, optimizer, settings, begin)
+        )
+        diverged |= ~losses.isfinite().all(0)
+        recorded.append(losses[-begin % every :: every])
+    diverged |= ~flat.isfinite().all(1)
+    return Training(
+        flat.clone() if not chunks else flat,
+        torch.cat([flat.new_empty(0, networks), *recorded]),
+        {name: torch.stack(each) for name, each in found.items() if each},
+        TrainingState(first + steps, moments),
+        diverged,
+    )
+
+
+def _chunks(begin: int, end: int, most: int, every: int) -> Iterator[tuple[int, int]]:
+    """Steps that one call makes; a step at which probes are called begins one."""
+    while begin < end:
+        stop = min(end, begin + most, begin - begin % every + every if every else end)
+        yield begin, stop
+        begin = stop
+
+
+def _settings(
+    where: str, optimizer: str, weight_decay: float | None, betas: Any, eps: float,
+    momentum: float, nesterov: bool,
+) -> list[float]:  # fmt: skip
+    decay = _DECAY[optimizer] if weight_decay is None else weight_decay
+    _check.number(where, "weight_decay", decay, 0, _MOST)
+    if not (isinstance(betas, (tuple, list)) and len(betas) == 2):
+        raise TypeError(f"{where}: betas must be a pair of numbers, not {_check.describe(betas)}")
+    for i, beta in enumerate(betas):
+        _check.number(where, f"betas[{i}]", beta, 0, 1)
+    _check.number(where, "eps", eps, 0, _MOST)
+    _check.number(where, "momentum", momentum, 0, _MOST)
+    _check.flag(where, "nesterov", nesterov)
+    if nesterov and momentum == 0:
+        raise ValueError(f"{where}: nesterov needs a momentum above 0")
+    if optimizer == "adamw":
+        return [float(decay), *map(float, betas), float(eps)]
+    return [float(decay), float(momentum), float(nesterov)]
+
+
+def _rates(where: str, lr: float | Tensor, networks: int) -> Tensor:
+    if not isinstance(lr, Tensor):
+        _check.number(where, "lr", lr, 0, _MOST)
+        return torch.full((networks,), float(lr), dtype=torch.float64)
+    _check.tensor(where, "lr", lr, "[N]", 1)
+    _check.floating(where, "lr", lr)
+    _check.size(where, "lr", len(lr), networks, "the population")
+    _check.finite(where, "lr", lr)
+    if (lr < 0).any():
+        raise ValueError(f"{where}: lr must not be negative")
+    return lr.detach().to("cpu", torch.float64)
+
+
+def _probes(where: str, probes: Any) -> dict[str, Callable[[Tensor], Tensor]]:
+    if probes is None:
+        return {}
+    if not isinstance(probes, Mapping) or not all(callable(probe) for probe in probes.values()):
+        raise TypeError(
+            f"{where}: probes must be a mapping of names to functions, not {_check.describe(probes)}"
+        )
+    return dict(probes)
+
+
+def _probe(where: str, name: str, probe: Callable[[Tensor], Tensor], flat: Tensor) -> Tensor:
+    made = probe(flat)
+    if not isinstance(made, Tensor):
+        raise TypeError(
+            f"{where}: probes[{name!r}] must return a tensor, not {_check.describe(made)}"
+        )
+    return made.detach().clone()
+
+
+def _begin(
+    where: str, state: TrainingState | None, optimizer: str, flat: Tensor
+) -> tuple[int, Tensor]:
+    shape = _MOMENTS[optimizer], *flat.shape
+    if state is None:
+        return 0, flat.new_zeros(shape)
+    if not isinstance(state, TrainingState):
+        raise TypeError(f"{where}: state must be a TrainingState, not {_check.describe(state)}")
+    if state.moments.shape != shape or state.moments.dtype != flat.dtype:
+        raise ValueError(
+            f"{where}: state must have {flat.dtype} moments {list(shape)} for {optimizer}, "
+            f"not {_check.describe(state.moments)}"
+        )
+    _check.same_device(where, "state", state.moments, "flat", flat)
+    return state.step, state.moments
+
+
+def by_torch(runner: Runner) -> str:
+    """Why kernels don't train these networks; empty where they do."""
+    if runner.program is None:
+        return runner.reason
+    if any(layer.kind == "batch_norm" for layer in runner.program.layers):
+        return "batch norm by a batch's own statistics"
+    return ""
+
+
+def _stepper(
+    runner: Runner, model: WeightSpec | nn.Module
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    frozen = _frozen(runner, model)
+    run = training_reference.population_steps if by_torch(runner) else population_steps
+
+    def advance(
+        flat: Tensor, moments: Tensor, x: Tensor, targets: Tensor, rows: Tensor, rates: Tensor,
+        optimizer: str, settings: list[float], step: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        data = flat, moments, x, targets, rows, rates
+        options = runner.shared, frozen, optimizer, settings, step
+        if runner.call is not None:
+            forward = runner.call
+            return training_reference.steps(
+                lambda row, x: forward(row, x).flatten(1), *data, *options
+            )
+        return run(*data, runner.code, *options)
+
+    return advance
+
+
+def _frozen(runner: Runner, model: WeightSpec | nn.Module) -> list[int]:
+    """Begins and ends, in a network's row, of what is not trained."""
+    if isinstance(model, WeightSpec):
+        assert runner.program is not None
+        held = {name for layer in runner.program.layers for name in layer.tensors[2:] if name}
+        spans = {name: (model.offsets[name], shape.numel()) for name, shape in model.shapes.items()}
+    else:
+        weights = read_weights(model)
+        trained = {
+            weights.names[name]
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if parameter.requires_grad and name in weights.names
+        }
+        held = weights.shapes.keys() - trained
+        spans, offset = {}, 0
+        for name, shape in weights.shapes.items():
+            spans[name] = offset, math.prod(shape)
+            offset += math.prod(shape)
+    return [
+        bound for name, (at, size) in spans.items() if name in held for bound in (at, at + size)
+    ]
