@@ -27,30 +27,39 @@ struct Task {
   bool* wrong;  // [networks, samples]
 };
 
-// Packed weights of the networks that share a block, and numbers of the block's values.
-constexpr int64_t kPackedBytes = 1 << 19, kRoomBytes = 1 << 20;
+// Calls f on ranges that make up [0, count), on several threads.
+using Team = std::function<void(int64_t count, const std::function<void(int64_t, int64_t)>& f)>;
 
-// How the work is cut: groups of networks times blocks of samples.
+// Blocks of samples that are laid out together, and a block's values.
+constexpr int64_t kSpanBytes = 1 << 19, kRoomBytes = 1 << 20;
+// Packed weights of the networks that run before the next ones are packed.
+constexpr int64_t kWaveBytes = 1 << 25;
+
+// How the work is cut: blocks of samples, of which a thread lays out a span before the networks run
+// on it one after the other, each on all of it.
 template <class Arithmetic>
 struct Cut {
-  int64_t width, blocks, group, groups;
+  int64_t width, blocks, span, spans, wave;
 
   template <class Number>
   Cut(const Task<Number>& task, const Schedule& schedule) {
     // Of convolutions a single vector fills the registers, with several pixels.
     const bool flat = std::all_of(task.plan.layers.begin(), task.plan.layers.end(),
                                   [](const Layer& layer) { return layer.made.pixels() == 1; });
-    const int64_t image = Arithmetic::lanes * sizeof(Number) * (task.plan.taken + schedule.room);
-    constexpr int64_t most = Tile<Arithmetic::bytes>::columns(Tile<Arithmetic::bytes>::outputs);
-    const int64_t wide = flat ? std::min(most, std::max<int64_t>(1, kRoomBytes / image)) : 1;
+    const int64_t most = Tile<Arithmetic::bytes>::columns(Tile<Arithmetic::bytes>::outputs);
+    const auto fitting = [](int64_t bytes, int64_t numbers) {
+      return std::max<int64_t>(1,
+                               bytes / (int64_t(sizeof(Number)) * std::max<int64_t>(1, numbers)));
+    };
+    const int64_t wide =
+        flat ? std::min(most, fitting(kRoomBytes, Arithmetic::lanes * schedule.room)) : 1;
     const int64_t vectors = (task.samples + Arithmetic::lanes - 1) / Arithmetic::lanes;
     blocks = (vectors + wide - 1) / wide;
     width = (vectors + blocks - 1) / blocks * Arithmetic::lanes;
-    const int64_t bytes = std::max<int64_t>(1, schedule.packed) * sizeof(Number);
-    group = task.x_stride ? 1 : std::min(task.networks, std::max<int64_t>(1, kPackedBytes / bytes));
-    groups = (task.networks + group - 1) / group;
-    group = (task.networks + groups - 1) / groups;
-    groups = (task.networks + group - 1) / group;
+    blocks = (task.samples + width - 1) / width;
+    span = std::min(blocks, fitting(kSpanBytes, width * task.plan.taken));
+    spans = (blocks + span - 1) / span;
+    wave = std::min(task.networks, fitting(kWaveBytes, schedule.packed));
   }
 };
 
@@ -180,100 +189,135 @@ T* room_of(int64_t count) {
   return own.get(count);
 }
 
-// Items [begin, end) of a cut, on one thread; partial sums go to sums[network * blocks + block].
-template <class Arithmetic, class Number = typename Arithmetic::Number>
-void run_items(const Task<Number>& task, const Schedule& schedule, const Cut<Arithmetic>& cut,
-               int64_t begin, int64_t end, double* sums) {
-  const Plan& plan = task.plan;
-  const int64_t width = cut.width, outputs = plan.outputs();
-  int64_t working = 0;
-  for (const Layer& layer : plan.layers) working = std::max(working, workspace_size(layer, width));
-  Number* packed = room_of<Number, 0>(cut.group * schedule.packed);
-  Number* block = room_of<Number, 1>(plan.taken * width);
-  Number* room = room_of<Number, 2>(schedule.room * width);
-  Number* workspace = room_of<Number, 3>(working);
-  std::vector<std::optional<Products<Arithmetic>>> products(schedule.steps.size());
-  for (size_t s = 0; s < products.size(); ++s) {
-    const Layer& layer = plan.layers[schedule.steps[s].layer];
-    if (packed_size(layer) > 0) products[s].emplace(layer, width);
+// One task on all threads.
+template <class Arithmetic>
+class Run {
+  using Number = typename Arithmetic::Number;
+
+ public:
+  explicit Run(const Task<Number>& task)
+      : task_(task),
+        schedule_(task.plan),
+        cut_(task, schedule_),
+        products_(schedule_.steps.size()),
+        sums_(task.reduce == Reduce::logits ? 1 : task.networks * cut_.blocks) {
+    for (size_t s = 0; s < products_.size(); ++s) {
+      const Layer& layer = layer_of(s);
+      if (packed_size(layer) > 0) products_[s].emplace(layer, cut_.width);
+      working_ = std::max(working_, workspace_size(layer, cut_.width));
+    }
   }
-  int64_t ready = -1;
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t first = item / cut.blocks * cut.group, place = item % cut.blocks;
-    const int64_t networks = std::min(cut.group, task.networks - first);
-    if (ready != first)
-      for (int64_t n = 0; n < networks; ++n)
-        for (const auto& step : schedule.steps)
-          pack_layer<Arithmetic>(plan.layers[step.layer],
-                                 task.flat + (first + n) * task.flat_stride,
-                                 packed + n * schedule.packed + step.packed);
-    ready = first;
-    const int64_t sample = place * width, images = std::min(width, task.samples - sample);
-    const Number* x = task.x + first * task.x_stride + sample * plan.taken;
-    enter<Arithmetic::bytes>([&]() __attribute__((always_inline)) {
-      lay_out<Arithmetic>(x, images, plan.taken, width, block);
-    });
-    for (int64_t n = 0; n < networks; ++n) {
-      const int64_t network = first + n;
-      const Number *row = task.flat + network * task.flat_stride,
-                   *weights = packed + n * schedule.packed;
-      for (size_t s = 0; s < products.size(); ++s) {
-        const auto& step = schedule.steps[s];
-        const auto at = [&](int64_t place) { return place < 0 ? block : room + place * width; };
-        const Number* inputs[] = {at(step.inputs[0]), at(step.inputs[1])};
-        if (products[s])
-          products[s]->run(row, weights + step.packed, inputs[0], at(step.out), workspace,
-                           step.rectify);
-        else
-          forward_layer<Arithmetic>(plan.layers[step.layer], row, weights, inputs, at(step.out),
-                                    width, workspace);
+
+  void run(const Team& team) {
+    Number* packed = room_of<Number, 0>(cut_.wave * schedule_.packed);
+    for (int64_t first = 0; first < task_.networks; first += cut_.wave) {
+      const int64_t networks = std::min(cut_.wave, task_.networks - first);
+      team(networks, [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; ++n)
+          for (size_t s = 0; s < products_.size(); ++s)
+            pack_layer<Arithmetic>(layer_of(s), row_of(first + n),
+                                   packed + n * schedule_.packed + schedule_.steps[s].packed);
+      });
+      team(networks * cut_.spans, [&](int64_t begin, int64_t end) {
+        int64_t ready = -1;
+        for (int64_t item = begin; item < end; ++item) {
+          // Networks on the same samples follow each other.
+          const bool own = task_.x_stride > 0;
+          const int64_t n = own ? item / cut_.spans : item % networks;
+          const int64_t span = own ? item % cut_.spans : item / networks;
+          const bool fresh = own || span != ready;
+          run_span(first + n, span, fresh, packed + n * schedule_.packed);
+          ready = span;
+        }
+      });
+    }
+    finish();
+  }
+
+ private:
+  const Layer& layer_of(size_t step) const {
+    return task_.plan.layers[schedule_.steps[step].layer];
+  }
+  const Number* row_of(int64_t network) const { return task_.flat + network * task_.flat_stride; }
+
+  void run_span(int64_t network, int64_t span, bool fresh, const Number* packed) {
+    const int64_t width = cut_.width, size = task_.plan.taken * width;
+    Number* laid = room_of<Number, 1>(cut_.span * size);
+    const int64_t first = span * cut_.span, last = std::min(first + cut_.span, cut_.blocks);
+    for (int64_t b = first; b < last; ++b) {
+      const int64_t sample = b * width, images = std::min(width, task_.samples - sample);
+      Number* block = laid + (b - first) * size;
+      if (fresh) {
+        const Number* x = task_.x + network * task_.x_stride + sample * task_.plan.taken;
+        enter<Arithmetic::bytes>([&]() __attribute__((always_inline)) {
+          lay_out<Arithmetic>(x, images, task_.plan.taken, width, block);
+        });
       }
-      const Reduction<Arithmetic> reduction{room + schedule.steps.back().out * width, outputs,
-                                            width, images};
-      const int64_t target = network * task.target_stride, at = network * task.samples + sample;
+      const Number* logits = run_layers(row_of(network), packed, block);
       enter<Arithmetic::bytes>([&]() __attribute__((always_inline)) {
-        if (task.reduce == Reduce::logits)
-          reduction.write(task.out + at * outputs);
-        else if (task.reduce != Reduce::loss)
-          sums[network * cut.blocks + place] = reduction.count_wrong(
-              task.classes + target + sample, task.wrong ? task.wrong + at : nullptr);
-        else
-          sums[network * cut.blocks + place] =
-              task.values ? reduction.squared_error(task.values + target + sample * outputs)
-                          : reduction.cross_entropy(task.classes + target + sample);
+        reduce({logits, task_.plan.outputs(), width, images}, network, b);
       });
     }
   }
-}
 
-// Calls f on ranges that make up [0, count), on several threads.
-using Team = std::function<void(int64_t count, const std::function<void(int64_t, int64_t)>& f)>;
-
-template <class Arithmetic, class Number = typename Arithmetic::Number>
-void run_on(const Task<Number>& task, const Team& team) {
-  const Schedule schedule(task.plan);
-  const Cut<Arithmetic> cut(task, schedule);
-  std::vector<double> sums(task.reduce == Reduce::logits ? 0 : task.networks * cut.blocks);
-  team(cut.groups * cut.blocks, [&](int64_t begin, int64_t end) {
-    run_items<Arithmetic>(task, schedule, cut, begin, end, sums.data());
-  });
-  if (task.reduce != Reduce::loss && task.reduce != Reduce::accuracy) return;
-  const double count = task.samples * (task.values ? task.plan.outputs() : 1);
-  for (int64_t n = 0; n < task.networks; ++n) {
-    double total = 0;
-    for (int64_t b = 0; b < cut.blocks; ++b) total += sums[n * cut.blocks + b];
-    task.out[n] = task.reduce == Reduce::accuracy ? 1 - total / count : total / count;
+  const Number* run_layers(const Number* row, const Number* packed, const Number* block) const {
+    const int64_t width = cut_.width;
+    Number* room = room_of<Number, 2>(schedule_.room * width);
+    Number* workspace = room_of<Number, 3>(working_);
+    const auto at = [&](int64_t place) { return place < 0 ? block : room + place * width; };
+    for (size_t s = 0; s < products_.size(); ++s) {
+      const auto& step = schedule_.steps[s];
+      const Number* inputs[] = {at(step.inputs[0]), at(step.inputs[1])};
+      Number* out = room + step.out * width;
+      if (products_[s])
+        products_[s]->run(row, packed + step.packed, inputs[0], out, workspace, step.rectify);
+      else
+        forward_layer<Arithmetic>(layer_of(s), row, packed, inputs, out, width, workspace);
+    }
+    return room + schedule_.steps.back().out * width;
   }
-}
+
+  WEIGHTOPS_INLINE void reduce(const Reduction<Arithmetic>& block, int64_t network, int64_t b) {
+    const int64_t sample = b * cut_.width, at = network * task_.samples + sample;
+    const int64_t target = network * task_.target_stride;
+    double& sum = sums_[task_.reduce == Reduce::logits ? 0 : network * cut_.blocks + b];
+    if (task_.reduce == Reduce::logits)
+      block.write(task_.out + at * block.outputs);
+    else if (task_.reduce != Reduce::loss)
+      sum = block.count_wrong(task_.classes + target + sample,
+                              task_.wrong ? task_.wrong + at : nullptr);
+    else
+      sum = task_.values ? block.squared_error(task_.values + target + sample * block.outputs)
+                         : block.cross_entropy(task_.classes + target + sample);
+  }
+
+  // In the order of blocks, so that threads change nothing.
+  void finish() const {
+    if (task_.reduce != Reduce::loss && task_.reduce != Reduce::accuracy) return;
+    const double count = task_.samples * (task_.values ? task_.plan.outputs() : 1);
+    for (int64_t n = 0; n < task_.networks; ++n) {
+      double total = 0;
+      for (int64_t b = 0; b < cut_.blocks; ++b) total += sums_[n * cut_.blocks + b];
+      task_.out[n] = task_.reduce == Reduce::accuracy ? 1 - total / count : total / count;
+    }
+  }
+
+  const Task<Number>& task_;
+  Schedule schedule_;
+  Cut<Arithmetic> cut_;
+  std::vector<std::optional<Products<Arithmetic>>> products_;
+  std::vector<double> sums_;
+  int64_t working_ = 0;
+};
 
 // Of at least one network and one sample.
 template <class Number>
 void run(const Task<Number>& task, const Team& team) {
 #if WEIGHTOPS_X86
-  if (isa() == Isa::avx512) return run_on<Simd<Number, 64>>(task, team);
-  if (isa() == Isa::avx2) return run_on<Simd<Number, 32>>(task, team);
+  if (isa() == Isa::avx512) return Run<Simd<Number, 64>>(task).run(team);
+  if (isa() == Isa::avx2) return Run<Simd<Number, 32>>(task).run(team);
 #endif
-  run_on<Simd<Number, 16>>(task, team);
+  Run<Simd<Number, 16>>(task).run(team);
 }
 
 }  // namespace weightops::population

@@ -210,9 +210,9 @@ class Products {
     (images ? other_to_step_ : strip_.to_step) = width_;
     for (int more = 0; more < 2; ++more) {
       const int64_t outputs = all_.chunks.size + more;
-      const Parts tiles(columns_, Limits::columns(outputs));
+      tiles_[more] = Parts(columns_, Limits::columns(outputs));
       for (int wider = 0; wider < 2; ++wider)
-        kernels_[more][wider] = strip_kernel<Arithmetic>(outputs, tiles.size + wider);
+        kernels_[more][wider] = strip_kernel<Arithmetic>(outputs, tiles_[more].size + wider);
     }
   }
 
@@ -229,8 +229,9 @@ class Products {
     for (int64_t group = 0; group < all_.groups; ++group)
       for (int64_t chunk = 0; chunk < all_.chunks.count; ++chunk) {
         const int64_t outputs = all_.chunks.length(chunk);
-        const Parts tiles(columns_, Limits::columns(outputs));
-        const auto& kernels = kernels_[outputs - all_.chunks.size];
+        const bool more = outputs > all_.chunks.size;
+        const Parts& tiles = tiles_[more];
+        const auto& kernels = kernels_[more];
         strip.bias = layer_.bias < 0 ? nullptr : row + layer_.bias + output;
         for (int64_t y = 0; y < layer_.made.height; ++y)
           for (int64_t other = 0; other < others_; ++other) {
@@ -254,6 +255,8 @@ class Products {
   Outputs all_;
   Strip<Number> strip_;
   int64_t down_ = 0, columns_, others_, other_step_, other_to_step_;
+  // Of chunks of the smaller and the larger size, and of tiles.
+  Parts tiles_[2] = {Parts(1, 1), Parts(1, 1)};
   StripKernel<Number> kernels_[2][2];
 };
 

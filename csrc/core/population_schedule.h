@@ -16,7 +16,6 @@ struct Schedule {
   };
   std::vector<Step> steps;
   int64_t room = 0, packed = 0;
-  int64_t largest = 0;  // what a layer reads and makes, in numbers of an image
 
   explicit Schedule(const Plan& plan) {
     const int64_t layers = plan.layers.size();
@@ -52,7 +51,6 @@ struct Schedule {
       slots[slot] = {std::max(slots[slot].size, size), std::max(l, last[value])};
       step.out = slot_of[value] = slot;
       steps.push_back(step);
-      largest = std::max(largest, layer.taken.numel() + size);
       l += rectify;
     }
     std::vector<int64_t> begins;
