@@ -8,7 +8,7 @@ SOURCES = setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 # implementation under these settings.
 ALLOCATOR = THP_MEM_ALLOC_ENABLE=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=1073741824
 
-.PHONY: demo reproduce-manifold reproduce-connectivity test slow bench wheel wheel-check sanitize gpu gpu-manifold lint format clean build
+.PHONY: demo reproduce-manifold reproduce-connectivity reproduce-generation test slow bench wheel wheel-check sanitize gpu gpu-manifold lint format clean build
 
 build: $(VENV)/built
 
@@ -16,7 +16,7 @@ $(VENV)/ready: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt setuptools wheel cmake ninja pybind11 build \
-		numpy scipy rich matplotlib mlxtend scikit-learn lapx nfn einops safetensors triton \
+		numpy scipy rich matplotlib mlxtend scikit-learn lapx nfn einops safetensors diffusers triton \
 		pytest pytest-benchmark hypothesis expecttest ruff mypy clang-format pre-commit graphviz tqdm
 	# timm without torchvision, whose wheels load only into the torch that they were built with
 	# (bench/condconv.py), and rebasin, whose dependencies would bring a torch of their own.
@@ -35,6 +35,9 @@ reproduce-manifold: build
 
 reproduce-connectivity: build
 	$(BIN)/python examples/reproduce_connectivity.py
+
+reproduce-generation: build
+	$(BIN)/python examples/reproduce_d2nwg.py
 
 test: build
 	$(BIN)/python -m pytest

@@ -117,15 +117,15 @@ def test_channel_tokens(
     measure(f, 4 * (flat.numel() + packed.numel()))
 
 
-@pytest.mark.parametrize("implementation", ["weightops", "sum", "var_mean-by-tensor"])
+@pytest.mark.parametrize("implementation", ["weightops", "read-sum", "var_mean-by-tensor"])
 def test_statistics(implementation: str, measure, benchmark, device) -> None:
-    """Means and deviations of each tensor of 16 networks; ``sum`` reads them once."""
+    """Means and deviations of each tensor of 16 networks; ``read-sum`` reads them once."""
     spec = resnet18_spec()
     benchmark.group = "tokens statistics resnet18x16"
     flat = zoo(spec, 16, device)
     f = {
         "weightops": lambda: tokens.statistics(flat, spec),
-        "sum": lambda: flat.sum(),
+        "read-sum": lambda: flat.sum(),
         "var_mean-by-tensor": lambda: [
             torch.var_mean(each, correction=0) for each in spec.unflatten(flat).values()
         ],

@@ -108,6 +108,10 @@ _GROUPED = [
 ]
 # patterns of groups -> their further rows
 AGAINST: dict[str, list[Against]] = {
+    "tokens pack resnet18*": [
+        Against("against copying the tokens", ("clone",), most=2.0),
+        *_peers(layer_by_layer=10.0, sane_style=10.0),
+    ],
     "equivariant mlp *": _peers(per_term=10.0, per_term_compiled=10.0, nfn=6.0),
     "equivariant cnn *": _peers(nfn=6.0),
     "equivariant transformer *": _peers(per_term=10.0),

@@ -33,6 +33,7 @@ HEADINGS = {
     "equivariant": "Equivariant layers",
     "manifold": "Weight manifolds",
     **dict.fromkeys(("match", "universe", "barrier", "trace", "verify"), "Alignment"),
+    **dict.fromkeys(("population", "tokens"), "Populations"),
 }
 
 
@@ -141,7 +142,7 @@ def _floor(name: str, members: dict[str, dict]) -> float | None:
     for key in FLOORS:
         if key in members:
             return _ms(members[key])
-    return counted if name.startswith(("manifold", "match", "universe")) else None
+    return counted if name.startswith(("manifold", "match", "population", "universe")) else None
 
 
 def _best(

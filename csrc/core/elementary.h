@@ -10,6 +10,95 @@ namespace weightops::elementary {
 template <class Arithmetic>
 using Vector = typename Arithmetic::Vector;
 
+template <class Arithmetic>
+struct Integers {
+  using Number = std::conditional_t<sizeof(typename Arithmetic::Number) == 4, int32_t, int64_t>;
+  typedef Number Vector __attribute__((vector_size(Arithmetic::bytes)));
+};
+template <class Arithmetic>
+using BitsOf = typename Integers<Arithmetic>::Vector;
+
+// The number at `from` in every lane, by the load itself: a shuffle would take turns with
+// multiply-adds.
+template <class Arithmetic>
+WEIGHTOPS_INLINE Vector<Arithmetic> spread(const typename Arithmetic::Number* from) {
+#if WEIGHTOPS_X86
+  if constexpr (Arithmetic::bytes > 16) {
+    Vector<Arithmetic> value;
+    if constexpr (std::is_same_v<typename Arithmetic::Number, float>)
+      asm("vbroadcastss %1, %0" : "=v"(value) : "m"(*from));
+    else
+      asm("vbroadcastsd %1, %0" : "=v"(value) : "m"(*from));
+    return value;
+  }
+#endif
+  return Vector<Arithmetic>{} + *from;
+}
+
+// a > b ? x : y, lane by lane. GCC 12 takes comparisons of vectors that the file's own instruction
+// set lacks to pieces before it inlines them, hence the instructions.
+template <class Arithmetic>
+WEIGHTOPS_INLINE Vector<Arithmetic> where_greater(const Vector<Arithmetic>& a,
+                                                  const Vector<Arithmetic>& b,
+                                                  const Vector<Arithmetic>& x,
+                                                  const Vector<Arithmetic>& y) {
+#if WEIGHTOPS_X86
+  constexpr bool single = std::is_same_v<typename Arithmetic::Number, float>;
+  Vector<Arithmetic> chosen;
+  if constexpr (Arithmetic::bytes == 64) {
+    if constexpr (single)
+      asm("vcmpps $30, %2, %1, %%k1\n\tvblendmps %3, %4, %0%{%%k1%}"
+          : "=v"(chosen)
+          : "v"(a), "v"(b), "v"(x), "v"(y)
+          : "k1");
+    else
+      asm("vcmppd $30, %2, %1, %%k1\n\tvblendmpd %3, %4, %0%{%%k1%}"
+          : "=v"(chosen)
+          : "v"(a), "v"(b), "v"(x), "v"(y)
+          : "k1");
+    return chosen;
+  }
+  if constexpr (Arithmetic::bytes == 32) {
+    if constexpr (single)
+      asm("vcmpps $30, %2, %1, %0\n\tvblendvps %0, %3, %4, %0"
+          : "=&x"(chosen)
+          : "x"(a), "x"(b), "x"(x), "x"(y));
+    else
+      asm("vcmppd $30, %2, %1, %0\n\tvblendvpd %0, %3, %4, %0"
+          : "=&x"(chosen)
+          : "x"(a), "x"(b), "x"(x), "x"(y));
+    return chosen;
+  }
+#endif
+  return a > b ? x : y;
+}
+
+// a > b ? a : b, lane by lane: b where either is NaN.
+template <class Arithmetic>
+WEIGHTOPS_INLINE Vector<Arithmetic> larger(const Vector<Arithmetic>& a,
+                                           const Vector<Arithmetic>& b) {
+#if WEIGHTOPS_X86
+  if constexpr (Arithmetic::bytes > 16) {
+    Vector<Arithmetic> most;
+    if constexpr (std::is_same_v<typename Arithmetic::Number, float>)
+      asm("vmaxps %2, %1, %0" : "=v"(most) : "v"(a), "v"(b));
+    else
+      asm("vmaxpd %2, %1, %0" : "=v"(most) : "v"(a), "v"(b));
+    return most;
+  }
+#endif
+  return a > b ? a : b;
+}
+
+// The larger one, NaN where either is.
+template <class Arithmetic>
+WEIGHTOPS_INLINE Vector<Arithmetic> larger_or_nan(const Vector<Arithmetic>& a,
+                                                  const Vector<Arithmetic>& b) {
+  using Bits = BitsOf<Arithmetic>;
+  // Where one is NaN the two differ, and its bits are in one of them.
+  return (Vector<Arithmetic>)((Bits)larger<Arithmetic>(a, b) | (Bits)larger<Arithmetic>(b, a));
+}
+
 // factors[0] x^(count - 1) + ... + factors[count - 1].
 template <class Arithmetic, int count>
 WEIGHTOPS_INLINE Vector<Arithmetic> polynomial(
@@ -26,16 +115,16 @@ template <class Arithmetic>
 WEIGHTOPS_INLINE Vector<Arithmetic> exp(const Vector<Arithmetic>& given) {
   using Number = typename Arithmetic::Number;
   constexpr bool single = std::is_same_v<Number, float>;
-  using Bits = std::conditional_t<single, int32_t, int64_t>;
-  typedef Bits BitsVector __attribute__((vector_size(sizeof(Vector<Arithmetic>))));
+  using Bits = BitsOf<Arithmetic>;
   constexpr Number most = single ? 88 : 709, least = single ? -87 : -708;
-  Vector<Arithmetic> x = given > most ? Vector<Arithmetic>{} + most : given;
-  x = x < least ? Vector<Arithmetic>{} + least : x;
+  // In this order NaN stays.
+  Vector<Arithmetic> x = larger<Arithmetic>(least - Vector<Arithmetic>{}, given);
+  x = -larger<Arithmetic>(-most - Vector<Arithmetic>{}, -x);
   // Adding this leaves the nearest integer in the last bits.
   constexpr Number round = single ? Number(3 << 22) : Number(int64_t(3) << 51);
   const Vector<Arithmetic> shifted = x * Number(1.4426950408889634) + round, n = shifted - round;
-  const BitsVector power =
-      ((BitsVector)shifted << (single ? 23 : 52)) + (BitsVector)(Vector<Arithmetic>{} + Number(1));
+  const Bits power =
+      ((Bits)shifted << (single ? 23 : 52)) + (Bits)(Number(1) - Vector<Arithmetic>{});
   if constexpr (single) {
     x -= n * Number(0.693359375);
     x += n * Number(2.12194440e-4);
@@ -66,7 +155,7 @@ WEIGHTOPS_INLINE Vector<Arithmetic> sigmoid(const Vector<Arithmetic>& x) {
 template <class Arithmetic>
 WEIGHTOPS_INLINE Vector<Arithmetic> tanh(const Vector<Arithmetic>& x) {
   using Number = typename Arithmetic::Number;
-  const Vector<Arithmetic> size = x < 0 ? -x : x, square = x * x;
+  const Vector<Arithmetic> size = larger<Arithmetic>(-x, x), square = x * x;
   const Vector<Arithmetic> large =
       Number(1) - Number(2) / (exp<Arithmetic>(size * Number(2)) + Number(1));
   // Near zero the difference above has few digits.
@@ -77,7 +166,9 @@ WEIGHTOPS_INLINE Vector<Arithmetic> tanh(const Vector<Arithmetic>& x) {
       square, {Number(1), Number(1.12811678491632931402e2), Number(2.23548839060100448583e3),
                Number(4.84406305325125486048e3)});
   const Vector<Arithmetic> small = x + x * square * above / below;
-  return size < Number(0.625) ? small : x < 0 ? -large : large;
+  const Vector<Arithmetic> zero = {};
+  return where_greater<Arithmetic>(Number(0.625) - zero, size, small,
+                                   where_greater<Arithmetic>(zero, x, -large, large));
 }
 
 // The standard normal distribution up to x: erfc(-x / sqrt 2) / 2. Of z = |x| / sqrt 2,
@@ -87,7 +178,7 @@ WEIGHTOPS_INLINE Vector<Arithmetic> normal(const Vector<Arithmetic>& x) {
   using Number = typename Arithmetic::Number;
   constexpr bool single = std::is_same_v<Number, float>;
   constexpr Number centre = single ? 2 : 2.5;
-  const Vector<Arithmetic> z = (x < 0 ? -x : x) * Number(0.70710678118654752440);
+  const Vector<Arithmetic> z = larger<Arithmetic>(-x, x) * Number(0.70710678118654752440);
   const Vector<Arithmetic> t = (z - centre) / (z + centre);
   Vector<Arithmetic> fitted;
   if constexpr (single) {
@@ -110,7 +201,7 @@ WEIGHTOPS_INLINE Vector<Arithmetic> normal(const Vector<Arithmetic>& x) {
   }
   const Vector<Arithmetic> tail =
       exp<Arithmetic>(-z * z) * fitted / (z * Number(2) + Number(1)) * Number(0.5);
-  return x < 0 ? tail : Number(1) - tail;
+  return where_greater<Arithmetic>(Vector<Arithmetic>{}, x, tail, Number(1) - tail);
 }
 
 }  // namespace weightops::elementary

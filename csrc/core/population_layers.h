@@ -48,16 +48,20 @@ struct Strip {
 };
 
 template <class Arithmetic, int outputs, int columns>
-WEIGHTOPS_INLINE void run_strip(const Strip<typename Arithmetic::Number>& strip, int64_t count) {
+WEIGHTOPS_INLINE void run_strip(const Strip<typename Arithmetic::Number>& given, int64_t count) {
   using Number = typename Arithmetic::Number;
+  using Vector = typename Arithmetic::Vector;
+  const Strip<Number> strip = given;
   const int64_t step = strip.step;
+  const Vector least = elementary::spread<Arithmetic>(&strip.least);
   for (int64_t tile = 0; tile < count; ++tile) {
-    typename Arithmetic::Vector sum[outputs][columns];
+    Vector sum[outputs][columns];
 #pragma GCC unroll 8
-    for (int c = 0; c < outputs; ++c)
+    for (int c = 0; c < outputs; ++c) {
+      const Vector bias = strip.bias ? elementary::spread<Arithmetic>(strip.bias + c) : Vector{};
 #pragma GCC unroll 8
-      for (int x = 0; x < columns; ++x)
-        sum[c][x] = typename Arithmetic::Vector{} + (strip.bias ? strip.bias[c] : Number(0));
+      for (int x = 0; x < columns; ++x) sum[c][x] = bias;
+    }
     const Number* weight = strip.weight;
     const Number* channel = strip.from + tile * columns * step;
     for (int64_t i = 0; i < strip.taps[0]; ++i, channel += strip.tap_strides[0]) {
@@ -65,12 +69,12 @@ WEIGHTOPS_INLINE void run_strip(const Strip<typename Arithmetic::Number>& strip,
       for (int64_t j = 0; j < strip.taps[1]; ++j, row += strip.tap_strides[1]) {
         const Number* from = row;
         for (int64_t k = 0; k < strip.taps[2]; ++k, from += strip.tap_strides[2]) {
-          typename Arithmetic::Vector taken[columns];
+          Vector taken[columns];
 #pragma GCC unroll 8
           for (int x = 0; x < columns; ++x) taken[x] = Arithmetic::load(from + x * step);
 #pragma GCC unroll 8
           for (int c = 0; c < outputs; ++c) {
-            const typename Arithmetic::Vector factor = typename Arithmetic::Vector{} + weight[c];
+            const Vector factor = elementary::spread<Arithmetic>(weight + c);
 #pragma GCC unroll 8
             for (int x = 0; x < columns; ++x) sum[c][x] += taken[x] * factor;
           }
@@ -83,9 +87,8 @@ WEIGHTOPS_INLINE void run_strip(const Strip<typename Arithmetic::Number>& strip,
     for (int c = 0; c < outputs; ++c)
 #pragma GCC unroll 8
       for (int x = 0; x < columns; ++x)
-        Arithmetic::store(
-            to + c * strip.output_stride + x * strip.to_step,
-            sum[c][x] < strip.least ? typename Arithmetic::Vector{} + strip.least : sum[c][x]);
+        Arithmetic::store(to + c * strip.output_stride + x * strip.to_step,
+                          elementary::larger<Arithmetic>(least, sum[c][x]));
   }
 }
 
@@ -126,14 +129,15 @@ inline int64_t packed_size(const Layer& layer) {
   return weighs ? layer.weight_size() : 0;
 }
 
-// A convolution, or a linear layer as one: `taps` numbers of a weight for each output.
-struct Products {
+// How the outputs of a convolution, or of a linear layer, are cut: `taps` numbers of a weight each.
+struct Outputs {
   int64_t groups, outputs, taps;  // of one group
-  explicit Products(const Layer& layer) {
-    groups = layer.kind == Kind::conv ? layer.groups : 1;
-    outputs = layer.made.channels / groups;
-    taps = layer.weight_size() / layer.made.channels;
-  }
+  Parts chunks;
+  Outputs(const Layer& layer, int64_t most)
+      : groups(layer.kind == Kind::conv ? layer.groups : 1),
+        outputs(layer.made.channels / groups),
+        taps(layer.weight_size() / layer.made.channels),
+        chunks(outputs, most) {}
 };
 
 // The weights of a layer in one network's row, in the order in which forward_layer reads them:
@@ -141,15 +145,14 @@ struct Products {
 template <class Arithmetic, class Number = typename Arithmetic::Number>
 void pack_layer(const Layer& layer, const Number* row, Number* packed) {
   if (packed_size(layer) == 0) return;
-  const Products products(layer);
-  const Parts chunks(products.outputs, Tile<Arithmetic::bytes>::outputs);
+  const Outputs all(layer, Tile<Arithmetic::bytes>::outputs);
   const Number* weight = row + layer.weight;
-  for (int64_t group = 0; group < products.groups; ++group)
-    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-      const int64_t size = chunks.length(chunk);
-      for (int64_t tap = 0; tap < products.taps; ++tap)
-        for (int64_t c = 0; c < size; ++c) *packed++ = weight[c * products.taps + tap];
-      weight += size * products.taps;
+  for (int64_t group = 0; group < all.groups; ++group)
+    for (int64_t chunk = 0; chunk < all.chunks.count; ++chunk) {
+      const int64_t size = all.chunks.length(chunk);
+      for (int64_t tap = 0; tap < all.taps; ++tap)
+        for (int64_t c = 0; c < size; ++c) *packed++ = weight[c * all.taps + tap];
+      weight += size * all.taps;
     }
 }
 
@@ -168,118 +171,143 @@ void pad(const Layer& layer, const Number* from, int64_t width, Number* to) {
   }
 }
 
-template <class Arithmetic, class Number = typename Arithmetic::Number>
-void forward_products(const Layer& layer, const Number* row, const Number* packed,
-                      const Number* from, Number* out, int64_t width, Number* workspace,
-                      bool rectify) {
-  constexpr int bytes = Arithmetic::bytes;
-  const Products products(layer);
-  Strip<Number> strip{};
-  strip.least = rectify ? 0 : -std::numeric_limits<Number>::infinity();
-  Shape taken = layer.taken, made = layer.made;
-  int64_t stride[2] = {1, 1};
-  if (layer.kind == Kind::linear) {
-    taken = {1, 1, layer.taken.numel()};
-    strip.taps[0] = strip.taps[1] = 1;
-    strip.taps[2] = taken.width;
-    strip.tap_strides[2] = width;
-  } else {
-    if (workspace_size(layer, width) > 0) {
-      pad(layer, from, width, workspace);
-      from = workspace;
-      taken.height += 2 * layer.padding[0];
-      taken.width += 2 * layer.padding[1];
+// A linear layer or a convolution on blocks of one width: what does not depend on the network.
+template <class Arithmetic>
+class Products {
+  using Number = typename Arithmetic::Number;
+  using Limits = Tile<Arithmetic::bytes>;
+
+ public:
+  Products(const Layer& given, int64_t block)
+      : layer_(given), width_(block), all_(given, Limits::outputs), strip_{} {
+    Shape taken = layer_.taken;
+    int64_t across = 1;
+    if (layer_.kind == Kind::linear) {
+      strip_.taps[0] = strip_.taps[1] = 1;
+      strip_.taps[2] = taken.numel();
+      strip_.tap_strides[2] = width_;
+    } else {
+      taken.height += 2 * layer_.padding[0];
+      taken.width += 2 * layer_.padding[1];
+      across = layer_.stride[1];
+      down_ = layer_.stride[0] * taken.width * width_;
+      strip_.taps[0] = taken.channels / all_.groups;
+      strip_.tap_strides[0] = taken.pixels() * width_;
+      strip_.taps[1] = layer_.kernel[0];
+      strip_.tap_strides[1] = layer_.dilation[0] * taken.width * width_;
+      strip_.taps[2] = layer_.kernel[1];
+      strip_.tap_strides[2] = layer_.dilation[1] * width_;
     }
-    std::copy_n(layer.stride, 2, stride);
-    strip.taps[0] = taken.channels / products.groups;
-    strip.tap_strides[0] = taken.pixels() * width;
-    strip.taps[1] = layer.kernel[0];
-    strip.tap_strides[1] = layer.dilation[0] * taken.width * width;
-    strip.taps[2] = layer.kernel[1];
-    strip.tap_strides[2] = layer.dilation[1] * width;
+    strip_.output_stride = layer_.made.pixels() * width_;
+    // Columns are pixels of a row, or vectors of images where there are more of those.
+    const int64_t vectors = width_ / Arithmetic::lanes, pixels = layer_.made.width;
+    const bool images = vectors >= pixels;
+    columns_ = images ? vectors : pixels;
+    others_ = images ? pixels : vectors;
+    strip_.step = other_step_ = Arithmetic::lanes;
+    strip_.to_step = other_to_step_ = Arithmetic::lanes;
+    (images ? other_step_ : strip_.step) = across * width_;
+    (images ? other_to_step_ : strip_.to_step) = width_;
+    for (int more = 0; more < 2; ++more) {
+      const int64_t outputs = all_.chunks.size + more;
+      const Parts tiles(columns_, Limits::columns(outputs));
+      for (int wider = 0; wider < 2; ++wider)
+        kernels_[more][wider] = strip_kernel<Arithmetic>(outputs, tiles.size + wider);
+    }
   }
-  strip.output_stride = made.pixels() * width;
-  // Columns are pixels of a row, or vectors of images where there are more of those.
-  const int64_t vectors = width / Arithmetic::lanes;
-  const bool images = vectors >= made.width;
-  const int64_t columns = images ? vectors : made.width, others = images ? made.width : vectors;
-  strip.step = images ? Arithmetic::lanes : stride[1] * width;
-  strip.to_step = images ? Arithmetic::lanes : width;
-  const int64_t other_step = images ? stride[1] * width : Arithmetic::lanes;
-  const int64_t other_to_step = images ? width : Arithmetic::lanes;
-  const Parts chunks(products.outputs, Tile<bytes>::outputs);
-  for (int64_t group = 0; group < products.groups; ++group)
-    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-      const int64_t size = chunks.length(chunk);
-      const int64_t output = group * products.outputs + chunks.begin(chunk);
-      const Parts tiles(columns, Tile<bytes>::columns(size));
-      const auto narrow = strip_kernel<Arithmetic>(size, tiles.size),
-                 broad = strip_kernel<Arithmetic>(size, tiles.size + 1);
-      strip.weight = packed + output * products.taps;
-      strip.bias = layer.bias < 0 ? nullptr : row + layer.bias + output;
-      const Number* channels = from + group * strip.taps[0] * strip.tap_strides[0];
-      for (int64_t y = 0; y < made.height; ++y)
-        for (int64_t other = 0; other < others; ++other) {
-          strip.from = channels + y * stride[0] * taken.width * width + other * other_step;
-          strip.to =
-              out + output * strip.output_stride + y * made.width * width + other * other_to_step;
-          if (tiles.larger > 0) broad(strip, tiles.larger);
-          strip.from += tiles.larger * (tiles.size + 1) * strip.step;
-          strip.to += tiles.larger * (tiles.size + 1) * strip.to_step;
-          if (tiles.larger < tiles.count) narrow(strip, tiles.count - tiles.larger);
-        }
+
+  void run(const Number* row, const Number* packed, const Number* from, Number* out,
+           Number* workspace, bool rectify) const {
+    if (workspace_size(layer_, width_) > 0) {
+      pad(layer_, from, width_, workspace);
+      from = workspace;
     }
-}
+    Strip<Number> strip = strip_;
+    strip.least = rectify ? 0 : -std::numeric_limits<Number>::infinity();
+    strip.weight = packed;
+    int64_t output = 0;
+    for (int64_t group = 0; group < all_.groups; ++group)
+      for (int64_t chunk = 0; chunk < all_.chunks.count; ++chunk) {
+        const int64_t outputs = all_.chunks.length(chunk);
+        const Parts tiles(columns_, Limits::columns(outputs));
+        const auto& kernels = kernels_[outputs - all_.chunks.size];
+        strip.bias = layer_.bias < 0 ? nullptr : row + layer_.bias + output;
+        for (int64_t y = 0; y < layer_.made.height; ++y)
+          for (int64_t other = 0; other < others_; ++other) {
+            strip.from = from + group * strip.taps[0] * strip.tap_strides[0] + y * down_ +
+                         other * other_step_;
+            strip.to = out + output * strip.output_stride + y * layer_.made.width * width_ +
+                       other * other_to_step_;
+            if (tiles.larger > 0) kernels[1](strip, tiles.larger);
+            strip.from += tiles.larger * (tiles.size + 1) * strip.step;
+            strip.to += tiles.larger * (tiles.size + 1) * strip.to_step;
+            kernels[0](strip, tiles.count - tiles.larger);
+          }
+        output += outputs;
+        strip.weight += outputs * all_.taps;
+      }
+  }
+
+ private:
+  Layer layer_;
+  int64_t width_;
+  Outputs all_;
+  Strip<Number> strip_;
+  int64_t down_ = 0, columns_, others_, other_step_, other_to_step_;
+  StripKernel<Number> kernels_[2][2];
+};
+
+// The taps of a pool's window that lie inside, along one axis.
+struct Window {
+  int64_t place, begin, end;
+  Window(const Layer& layer, int axis, int64_t at, int64_t length)
+      : place(at * layer.stride[axis] - layer.padding[axis]), begin(0), end(layer.kernel[axis]) {
+    const int64_t step = layer.dilation[axis];
+    if (place < 0) begin = (-place + step - 1) / step;
+    if (place + (end - 1) * step >= length)
+      end = place < length ? (length - place + step - 1) / step : 0;
+  }
+};
 
 template <class Arithmetic, bool largest, class Number = typename Arithmetic::Number>
 WEIGHTOPS_INLINE void forward_pool(const Layer& layer, const Number* from, Number* out,
                                    int64_t width) {
   using Vector = typename Arithmetic::Vector;
   const Shape taken = layer.taken, made = layer.made;
-  // The taps of the window at `place` that lie inside.
-  const auto inside = [&](int axis, int64_t place, int64_t length, int64_t* begin, int64_t* end) {
-    const int64_t first = place * layer.stride[axis] - layer.padding[axis],
-                  d = layer.dilation[axis];
-    *begin = first < 0 ? (-first + d - 1) / d : 0;
-    *end = std::min(layer.kernel[axis], first < length ? (length - first + d - 1) / d : 0);
-    return first;
-  };
-  for (int64_t channel = 0; channel < taken.channels; ++channel, from += taken.pixels() * width)
-    for (int64_t y = 0; y < made.height; ++y)
+  const int64_t row = taken.width * width, down = layer.dilation[0] * row,
+                across = layer.dilation[1] * width;
+  for (int64_t channel = 0; channel < taken.channels; ++channel, from += taken.height * row)
+    for (int64_t y = 0; y < made.height; ++y) {
+      const Window rows(layer, 0, y, taken.height);
       for (int64_t x = 0; x < made.width; ++x, out += width) {
-        int64_t rows[2], columns[2];
-        const int64_t top = inside(0, y, taken.height, rows, rows + 1);
-        const int64_t left = inside(1, x, taken.width, columns, columns + 1);
-        const int64_t counted = layer.counts_padding
-                                    ? layer.kernel[0] * layer.kernel[1]
-                                    : (rows[1] - rows[0]) * (columns[1] - columns[0]);
-        const Number share = Number(1) / Number(counted);
+        const Window columns(layer, 1, x, taken.width);
+        const Number* first = from + rows.place * row + columns.place * width;
+        Number share = 1;
+        if constexpr (!largest)
+          share /= Number(layer.counts_padding
+                              ? layer.kernel[0] * layer.kernel[1]
+                              : (rows.end - rows.begin) * (columns.end - columns.begin));
         for (int64_t image = 0; image < width; image += Arithmetic::lanes) {
           Vector sum = Vector{} - (largest ? std::numeric_limits<Number>::infinity() : Number(0));
-          for (int64_t i = rows[0]; i < rows[1]; ++i)
-            for (int64_t j = columns[0]; j < columns[1]; ++j) {
-              const Vector value = Arithmetic::load(
-                  from +
-                  ((top + i * layer.dilation[0]) * taken.width + left + j * layer.dilation[1]) *
-                      width +
-                  image);
-              // Not one condition of the two: GCC 12 takes a disjunction lane by lane.
-              if constexpr (largest) {
-                sum = value > sum ? value : sum;
-                sum = value != value ? Vector{} + std::numeric_limits<Number>::quiet_NaN() : sum;
-              } else {
+          for (int64_t i = rows.begin; i < rows.end; ++i)
+            for (int64_t j = columns.begin; j < columns.end; ++j) {
+              const Vector value = Arithmetic::load(first + i * down + j * across + image);
+              if constexpr (largest)
+                sum = elementary::larger_or_nan<Arithmetic>(sum, value);
+              else
                 sum += value;
-              }
             }
           Arithmetic::store(out + image, largest ? sum : sum * share);
         }
       }
+    }
 }
 
 template <class Arithmetic, Kind kind>
 WEIGHTOPS_INLINE typename Arithmetic::Vector activate(const typename Arithmetic::Vector& x) {
   using Number = typename Arithmetic::Number;
-  if constexpr (kind == Kind::relu) return x < 0 ? typename Arithmetic::Vector{} : x;
+  if constexpr (kind == Kind::relu)
+    return elementary::larger<Arithmetic>(typename Arithmetic::Vector{}, x);
   if constexpr (kind == Kind::silu) return x * elementary::sigmoid<Arithmetic>(x);
   if constexpr (kind == Kind::gelu) return x * elementary::normal<Arithmetic>(x);
   if constexpr (kind == Kind::tanh) return elementary::tanh<Arithmetic>(x);
@@ -387,8 +415,7 @@ void forward_layer(const Layer& layer, const Number* row, const Number* packed,
                    const Number* const inputs[2], Number* out, int64_t width, Number* workspace,
                    bool rectify = false) {
   if (layer.kind == Kind::linear || layer.kind == Kind::conv)
-    return forward_products<Arithmetic>(layer, row, packed, inputs[0], out, width, workspace,
-                                        rectify);
+    return Products<Arithmetic>(layer, width).run(row, packed, inputs[0], out, workspace, rectify);
   enter<Arithmetic::bytes>([&]() __attribute__((always_inline)) {
     forward_other<Arithmetic>(layer, row, inputs, out, width);
   });

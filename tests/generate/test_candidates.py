@@ -116,6 +116,18 @@ def test_the_best_network_of_the_zoo_is_retrieved(tmp_path: Path) -> None:
     assert torch.equal(best.flat, flat[1::2][best.index])
 
 
+def test_a_network_without_a_loss_is_retrieved_last(tmp_path: Path) -> None:
+    flat = torch.cat([ZOO[:1], ZOO[:1], FLAT])
+    SPEC.unflatten(flat)["norm.running_var"][0] = -50.0
+    SPEC.unflatten(flat)["fc2.bias"][1, 0] = 99.0
+    # Of NaN the first class counts as the largest.
+    x, targets = X[TARGETS == 0], TARGETS[TARGETS == 0]
+    accuracy, loss = evaluate(flat, Net(), x, targets)
+    assert loss[0].isnan()
+    assert accuracy[:2].tolist() == [1, 1]
+    assert retrieve(saved(tmp_path, flat), Net(), x, targets).index == 1
+
+
 def test_a_zoo_in_another_order_than_the_model_s_is_retrieved_from(tmp_path: Path) -> None:
     names = list(reversed(SPEC.shapes))
     spec = weightops.WeightSpec(

@@ -178,3 +178,13 @@ def test_a_spec_that_was_not_traced_asks_for_the_model() -> None:
     spec = weightops.WeightSpec.from_json(weightops.trace(model, torch.randn(2, 4)).to_json())
     with pytest.raises(ValueError, match="pass the model"):
         population_forward(torch.randn(2, 15), spec, torch.randn(5, 4))
+
+
+def test_no_network_and_no_sample() -> None:
+    models, shape = population("residual")
+    x = torch.randn(4, *shape).double()
+    flat = weightops.trace(models[0], x).flatten(models).detach()
+    assert population_forward(flat[:0], models[0], x).shape == (0, 4, 10)
+    assert population_forward(flat, models[0], x[:0]).shape == (3, 0, 10)
+    with pytest.raises(ValueError, match="no sample"):
+        population_loss(flat, models[0], x[:0], torch.empty(0, dtype=torch.int64))

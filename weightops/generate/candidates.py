@@ -126,7 +126,8 @@ def retrieve(zoo: Zoo, model: nn.Module, x: Tensor, targets: Tensor) -> Retrieve
         for flat, _ in zoo.batches(networks_at_once(zoo.spec.numel))
     ]
     accuracy, loss = (torch.cat(each) for each in zip(*found))
-    best = torch.where(accuracy == accuracy.max(), loss, torch.inf).argmin()
+    highest = (accuracy == accuracy.max()).nonzero()[:, 0]
+    best = highest[loss[highest].nan_to_num(torch.inf).argmin()]
     index = int(best)
     return Retrieved(index, zoo[index], accuracy[best].item(), loss[best].item())
 

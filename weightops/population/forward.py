@@ -124,6 +124,8 @@ def check_targets(
     if not regresses and targets.dtype != torch.int64:
         raise TypeError(f"{where}: targets must be classes of dtype int64, not {targets.dtype}")
     samples = x.shape[0] if runner.shared else x.shape[1]
+    if samples == 0:
+        raise ValueError(f"{where}: x holds no sample (shape {list(x.shape)})")
     outputs = runner.outputs
     ends = [samples, outputs] if regresses else [samples]
     if list(targets.shape) not in (ends, [len(flat), *ends]):

@@ -23,7 +23,7 @@ def run(row: Tensor, x: Tensor, code: Sequence[int], training: bool = False) -> 
     for layer in layers:
         taken = [values[i].reshape(len(x), *layer["taken"]) for i in layer["inputs"]]
         values.append(_apply(layer, row, *taken, training=training))
-    return values[-1].reshape(len(x), -1)
+    return values[-1].reshape(len(x), prod(layers[-1]["made"]))
 
 
 def estimate(row: Tensor, x: Tensor, code: Sequence[int]) -> Tensor:
@@ -50,7 +50,7 @@ def _apply(layer: dict, row: Tensor, x: Tensor, *others: Tensor, training: bool 
     if kind == "add":
         return x + others[0]
     if kind == "linear":
-        return F.linear(x.flatten(1), tensor(0, outputs, channels), tensor(1, outputs))[
+        return F.linear(x.view(len(x), channels), tensor(0, outputs, channels), tensor(1, outputs))[
             ..., None, None
         ]
     if kind == "conv":
@@ -86,6 +86,9 @@ def _apply(layer: dict, row: Tensor, x: Tensor, *others: Tensor, training: bool 
 
 def population_logits(flat: Tensor, x: Tensor, code: Sequence[int], shared: bool) -> Tensor:
     """``flat [N, P]``, ``x [B, ...]`` (``shared``) or ``[N, B, ...]`` -> logits ``[N, B, K]``."""
+    if not len(flat):
+        made = decode(list(code))[1][-1]["made"]
+        return flat.new_zeros(0, x.shape[0 if shared else 1], prod(made))
     rows = torch.func.vmap(lambda row, own: run(row, own, code), (0, None if shared else 0))
     return rows(flat, x)
 
