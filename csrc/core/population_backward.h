@@ -43,7 +43,7 @@ WEIGHTOPS_INLINE void multiply_tile(const Product<typename Arithmetic::Number>& 
       for (int n = 0; n < columns; ++n) taken[n] = Arithmetic::load(b + n * product.column);
 #pragma GCC unroll 8
       for (int m = 0; m < rows; ++m) {
-        const Vector factor = Vector{} + a[m * product.row];
+        const Vector factor = elementary::spread<Arithmetic>(a + m * product.row);
 #pragma GCC unroll 8
         for (int n = 0; n < columns; ++n) sum[m][n] += taken[n] * factor;
       }
