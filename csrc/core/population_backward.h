@@ -43,7 +43,7 @@ WEIGHTOPS_INLINE void multiply_tile(const Product<typename Arithmetic::Number>& 
       for (int n = 0; n < columns; ++n) taken[n] = Arithmetic::load(b + n * product.column);
 #pragma GCC unroll 8
       for (int m = 0; m < rows; ++m) {
-        const Vector factor = Vector{} + a[m * product.row];
+        const Vector factor = elementary::spread<Arithmetic>(a + m * product.row);
 #pragma GCC unroll 8
         for (int n = 0; n < columns; ++n) sum[m][n] += taken[n] * factor;
       }
@@ -334,43 +334,35 @@ template <class Arithmetic, bool largest, class Number = typename Arithmetic::Nu
 WEIGHTOPS_INLINE void backward_pool(const Layer& layer, const Backward<Number>& job) {
   using Vector = typename Arithmetic::Vector;
   const Shape taken = layer.taken, made = layer.made;
-  const int64_t width = job.width;
+  const int64_t width = job.width, row = taken.width * width;
+  const int64_t down = layer.dilation[0] * row, across = layer.dilation[1] * width;
   bool once = job.fresh[0];  // windows that take every pixel once
   const int64_t ends[2][2] = {{taken.height, made.height}, {taken.width, made.width}};
   for (int axis = 0; axis < 2; ++axis)
     once &= layer.stride[axis] == layer.kernel[axis] && layer.dilation[axis] == 1 &&
             layer.padding[axis] == 0 && ends[axis][0] == ends[axis][1] * layer.kernel[axis];
   if (job.fresh[0] && !once) std::fill_n(job.into[0], taken.numel() * width, Number(0));
-  const auto inside = [&](int axis, int64_t place, int64_t length, int64_t* begin, int64_t* end) {
-    const int64_t first = place * layer.stride[axis] - layer.padding[axis],
-                  d = layer.dilation[axis];
-    *begin = first < 0 ? (-first + d - 1) / d : 0;
-    *end = std::min(layer.kernel[axis], first < length ? (length - first + d - 1) / d : 0);
-    return first;
-  };
   const Number *grad = job.grad, *out = job.out, *from = job.from[0];
   Number* into = job.into[0];
   for (int64_t channel = 0; channel < taken.channels; ++channel) {
-    for (int64_t y = 0; y < made.height; ++y)
+    for (int64_t y = 0; y < made.height; ++y) {
+      const Window rows(layer, 0, y, taken.height);
       for (int64_t x = 0; x < made.width; ++x, grad += width, out += width) {
-        int64_t rows[2], columns[2];
-        const int64_t top = inside(0, y, taken.height, rows, rows + 1);
-        const int64_t left = inside(1, x, taken.width, columns, columns + 1);
-        const int64_t counted = layer.counts_padding
-                                    ? layer.kernel[0] * layer.kernel[1]
-                                    : (rows[1] - rows[0]) * (columns[1] - columns[0]);
-        const Number share = Number(1) / Number(counted);
+        const Window columns(layer, 1, x, taken.width);
+        const int64_t first = rows.place * row + columns.place * width;
+        Number share = 1;
+        if constexpr (!largest)
+          share /= Number(layer.counts_padding
+                              ? layer.kernel[0] * layer.kernel[1]
+                              : (rows.end - rows.begin) * (columns.end - columns.begin));
         for (int64_t image = 0; image < width; image += Arithmetic::lanes) {
           Vector rest = Arithmetic::load(grad + image);
           if constexpr (!largest) rest *= share;
           const Vector best = largest ? Arithmetic::load(out + image) : Vector{};
           if (largest && job.rectifies) rest = best > 0 ? rest : Vector{};
-          for (int64_t i = rows[0]; i < rows[1]; ++i)
-            for (int64_t j = columns[0]; j < columns[1]; ++j) {
-              const int64_t at =
-                  ((top + i * layer.dilation[0]) * taken.width + left + j * layer.dilation[1]) *
-                      width +
-                  image;
+          for (int64_t i = rows.begin; i < rows.end; ++i)
+            for (int64_t j = columns.begin; j < columns.end; ++j) {
+              const int64_t at = first + i * down + j * across + image;
               Vector given = rest;
               if constexpr (largest) {
                 // The first of equal ones takes it all.
@@ -383,6 +375,7 @@ WEIGHTOPS_INLINE void backward_pool(const Layer& layer, const Backward<Number>& 
             }
         }
       }
+    }
     from += taken.pixels() * width;
     into += taken.pixels() * width;
   }

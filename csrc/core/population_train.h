@@ -3,6 +3,7 @@
 // all layers in blocks that do too.
 #pragma once
 
+#include <optional>
 #include <string>
 
 #include "buffer.h"
@@ -134,7 +135,13 @@ class Worker {
       }
       slots_.back().bias = sums;
       if (layer.bias >= 0) sums += layer.bias_size() * lanes;
-      if (layer.kind == Kind::conv) packed += packed_size(layer);
+      // Packing a linear layer is as much work as a block of images, and repaid by several.
+      packs_.push_back(layer.kind == Kind::conv || (linear && most_rows > width_));
+      products_of_.emplace_back();
+      if (packs_.back()) {
+        packed += packed_size(layer);
+        products_of_.back().emplace(layer, width_);
+      }
       room = std::max(room, workspace_size(layer, width_));
     }
     sums_size_ = sums;
@@ -160,7 +167,7 @@ class Worker {
     std::fill_n(sums_.get(0), sums_size_, Number(0));
     std::fill_n(products_.get(0), products_size_, Number(0));
     for (size_t l = 0; l < plan_.layers.size(); ++l)
-      if (plan_.layers[l].kind == Kind::conv)
+      if (packs_[l])
         pack_layer<Arithmetic>(plan_.layers[l], row, packed_.get(0) + slots_[l].packed);
     double loss = 0;
     for (int64_t begin = 0; begin < count; begin += width_) {
@@ -244,16 +251,18 @@ class Worker {
       const Number* inputs[] = {value(layer.inputs[0]),
                                 layer.inputs[1] >= 0 ? value(layer.inputs[1]) : nullptr};
       Number* out = value(l + 1);
-      if (in_place(l) && plan_.layers[layer.inputs[0] - 1].kind == Kind::conv) continue;
-      if (layer.kind == Kind::linear)
+      if (in_place(l) && packs_[layer.inputs[0] - 1]) continue;
+      if (packs_[l])
+        products_of_[l]->run(row, packed_.get(0) + slots_[l].packed, inputs[0], out, room_.get(0),
+                             followed_[l]);
+      else if (layer.kind == Kind::linear)
         forward_linear(layer, row, inputs[0], out);
       else
-        forward_layer<Arithmetic>(layer, row, packed_.get(0) + slots_[l].packed, inputs, out,
-                                  width_, room_.get(0), followed_[l]);
+        forward_layer<Arithmetic, Number>(layer, row, nullptr, inputs, out, width_, nullptr);
     }
   }
 
-  // Weights as they are: packing them would be as much work as few images are.
+  // Weights as they are.
   void forward_linear(const Layer& layer, const Number* row, const Number* from, Number* out) {
     const int64_t inputs = layer.taken.numel(), outputs = layer.made.channels;
     for (int64_t o = 0; o < outputs; ++o)
@@ -429,6 +438,8 @@ class Worker {
   const Plan& plan_;
   std::vector<int64_t> place_;  // of a value: which one's memory it has
   std::vector<Slot> slots_;
+  std::vector<std::optional<Products<Arithmetic>>> products_of_;
+  std::vector<char> packs_;     // per layer: whether it is one of those
   std::vector<char> followed_;  // per layer: by a ReLU in place
   std::vector<char> pooled_;    // per value: read by a max pool alone
   std::vector<char> reached_;
