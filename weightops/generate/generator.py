@@ -405,7 +405,6 @@ def _digest(*tensors: Tensor) -> str:
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(
-            memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        )
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        found.update(data.numpy().tobytes())
     return found.hexdigest()
