@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import bad_generators
 import numpy as np
 import pytest
 import torch
@@ -173,6 +174,7 @@ VALID: dict[str, tuple[Callable, dict[str, Any]]] = {
         WeightSpec.from_git_rebasin,
         {"permutations": {"h": [("w1", 0), ("b", 0), ("w2", 1)]}, "shapes": SPEC.shapes},
     ),
+    **bad_generators.VALID,
 }
 
 H, ONE = PERMS["h"], PERMS["h"][0]
@@ -785,6 +787,7 @@ SWEEP |= {
         (None, TYPE, "shapes must be a module, a state dict or map names to shapes, not NoneType")
     ],
 }
+SWEEP |= bad_generators.SWEEP
 
 CASES = [
     pytest.param(where, argument, value, error, text, id=f"{where}-{argument}-{i}")
@@ -892,7 +895,7 @@ JUNK = st.recursive(
 )
 # Reasonable memory, not a reasonable number, is what bounds these.
 COUNTS = JUNK.filter(lambda value: type(value) is not int or value < 1000)
-BOUNDED = ("n", "points", "max_sweeps", "trials")
+BOUNDED = ("n", "points", "max_sweeps", "trials", *bad_generators.BOUNDED)
 
 
 @pytest.mark.parametrize("where", VALID)

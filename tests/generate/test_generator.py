@@ -281,6 +281,17 @@ def test_running_variances_stay_within_the_zoos() -> None:
     assert found["bn.weight"].min() < -1
 
 
+def test_a_resnet_is_generated_in_chunks() -> None:
+    spec = testing.resnet20_spec()
+    zoo = torch.rand(3, spec.numel) + 0.5
+    model = make(spec, chunk=8192, latent=4)
+    fit(model, flat=zoo, tasks=torch.tensor([0, 1, 1]), steps=(2, 1, 2))
+    found = model.generate(data()[0], 2, steps=2)
+    assert found.shape == (2, spec.numel)
+    assert found.isfinite().all()
+    assert model.reconstruct(zoo).shape == zoo.shape
+
+
 ONE = data(1)[0]
 
 
@@ -326,7 +337,7 @@ def test_bad_input_to_fit_is_named(change: dict, error: type, message: str) -> N
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        ((ONE[0][:0], ONE[1][:0]), r"generate: datasets\[0\] holds no example"),
+        ((ONE[0][:0], ONE[1][:0]), r"generate: dataset holds no example"),
         ((ONE[0], ONE[1] % 2), "has no example of class 2"),
         ((ONE[0], ONE[1] + 1), r"labels\[2\] is 3, outside 0..2"),
     ],

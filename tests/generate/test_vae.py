@@ -98,7 +98,7 @@ def test_noise_is_what_the_encoder_sees_not_what_is_to_be_given_back() -> None:
         ({"width": 0}, ValueError, "WeightVAE: width must be at least 1, not 0"),
         ({"latent": 1.5}, TypeError, "WeightVAE: latent must be an integer, not float 1.5"),
         ({"form": "unet"}, ValueError, "form must be one of 'mlp', 'convolution', not 'unet'"),
-        ({"hidden": ()}, ValueError, "hidden must name at least one layer"),
+        ({"hidden": ()}, TypeError, "hidden must be a non-empty list of integers, not tuple"),
         ({"hidden": (4, 0)}, ValueError, r"hidden\[1\] must be at least 1, not 0"),
         ({"chunks": 0}, ValueError, "chunks must be at least 1, not 0"),
         ({"form": "convolution", "side": 12}, ValueError, "side must be a multiple of 8.* not 12"),

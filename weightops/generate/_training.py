@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from weightops import _check
 from weightops._checkpoints import CheckpointError
 from weightops._progress import track
 
@@ -20,25 +21,35 @@ from weightops._progress import track
 _KEY = "weightops"
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+def check_path(where: str, name: str, path: Any) -> Path:
+    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
+        raise TypeError(f"{where}: {name} must be a path, not {_check.describe(path)}")
+    if "\0" in os.fspath(path):
+        raise ValueError(f"{where}: {name} must be a path, which has no null character")
+    return Path(path)
+
+
+def write(
+    where: str, path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
+) -> None:
     """Write one safetensors file with a description as JSON: whole, or not at all."""
     from safetensors.torch import save_file
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     if not path.parent.is_dir():
-        raise CheckpointError(f"{path}: can't be written: {path.parent} is no folder")
+        raise CheckpointError(f"{where}: {path}: can't be written: {path.parent} is no folder")
     copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     try:
         save_file(copies, temporary, metadata={_KEY: json.dumps(description)})
         os.replace(temporary, path)
     except Exception as error:  # safetensors has an error of its own for a full disk
         reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{path}: can't be written: {reason}") from error
+        raise CheckpointError(f"{where}: {path}: can't be written: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(where: str, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and description of a file that :func:`write` wrote."""
     from safetensors import SafetensorError, safe_open
 
@@ -48,11 +59,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             description = (file.metadata() or {}).get(_KEY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+        raise CheckpointError(f"{where}: {path}: {error.strerror or error}") from None
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: is truncated or no safetensors file: {error}") from None
+        raise CheckpointError(
+            f"{where}: {path}: is truncated or no safetensors file: {error}"
+        ) from None
     if description is None:
-        raise CheckpointError(f"{path}: was not written by weightops.generate")
+        raise CheckpointError(f"{where}: {path}: was not written by weightops.generate")
     return tensors, json.loads(description)
 
 
@@ -60,6 +73,7 @@ class Training:
     """The state of a training and its checkpoint: model, optimizer, random numbers, losses.
 
     Args:
+        where: the function that messages name.
         model: all modules, whichever stage trains them.
         run: what makes a run this one, for JSON; a checkpoint of another run is refused.
         generator: of all random numbers that stages draw.
@@ -70,6 +84,7 @@ class Training:
 
     def __init__(
         self,
+        where: str,
         model: nn.Module,
         run: Mapping[str, Any],
         generator: torch.Generator,
@@ -78,6 +93,7 @@ class Training:
         every: int,
         progress: bool,
     ) -> None:
+        self.where = where
         self.model, self.run, self.generator = model, json.loads(json.dumps(run)), generator
         self.path, self.every, self.progress = path, every, progress
         self.losses: dict[str, Tensor] = {}
@@ -158,16 +174,18 @@ class Training:
         tensors = {
             f"{part}.{name}": t for part, named in parts.items() for name, t in named.items()
         }
-        write(path, tensors, {"run": self.run, "done": self._done, "step": step})
+        write(self.where, path, tensors, {"run": self.run, "done": self._done, "step": step})
 
     def _read(self, path: Path) -> None:
-        tensors, description = read(path)
+        tensors, description = read(self.where, path)
         if "run" not in description:
-            raise CheckpointError(f"{path}: is no checkpoint of a training, but a trained model")
+            raise CheckpointError(
+                f"{self.where}: {path}: is no checkpoint of a training, but a trained model"
+            )
         for name, value in self.run.items():
             if (given := description["run"].get(name)) != value:
                 raise CheckpointError(
-                    f"{path}: is a checkpoint of another training, whose {name} is {given}, not {value}"
+                    f"{self.where}: {path}: is a checkpoint of another training, whose {name} is {given}, not {value}"
                 )
         self.model.load_state_dict(_under("model", tensors))
         self.losses = _under("losses", tensors)

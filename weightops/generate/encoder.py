@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from math import inf
 from typing import Any, TypeAlias
 
 import torch
@@ -164,11 +165,13 @@ class ClassIndex:
                 f"not {_check.describe(datasets)}"
             )
         for n, dataset in enumerate(datasets):
-            _check_dataset(where, f"datasets[{n}]", dataset, classes)
-            shape, first = dataset[0].shape[1:], datasets[0][0].shape[1:]
-            if shape != first:
+            check_dataset(where, f"datasets[{n}]", dataset, classes)
+            (inputs, _), (first, _) = dataset, datasets[0]
+            _check.same_device(where, f"datasets[{n}]'s inputs", inputs, "datasets[0]'s", first)
+            if inputs.shape[1:] != first.shape[1:]:
                 raise ValueError(
-                    f"{where}: datasets[{n}] has inputs {list(shape)}, datasets[0] has {list(first)}"
+                    f"{where}: datasets[{n}] has inputs {list(inputs.shape[1:])}, "
+                    f"datasets[0] has {list(first.shape[1:])}"
                 )
         self.inputs = torch.cat([inputs for inputs, _ in datasets]).float()
         labels = torch.cat([labels.long() + n * classes for n, (_, labels) in enumerate(datasets)])
@@ -193,7 +196,8 @@ class ClassIndex:
         return self.inputs[self.order[at]]
 
 
-def _check_dataset(where: str, name: str, dataset: Any, classes: int) -> None:
+def check_dataset(where: str, name: str, dataset: Any, classes: int) -> None:
+    """``dataset`` must be one that each of K classes can be drawn from."""
     if not isinstance(dataset, (tuple, list)) or len(dataset) != 2:
         raise TypeError(
             f"{where}: {name} must be a pair (inputs, labels), not {_check.describe(dataset)}"
@@ -204,6 +208,8 @@ def _check_dataset(where: str, name: str, dataset: Any, classes: int) -> None:
     _check.floating(where, f"{name}'s inputs", inputs)
     _check.index_dtype(where, f"{name}'s labels", labels)
     _check.same_device(where, f"{name}'s labels", labels, "inputs", inputs)
+    if inputs.is_meta:
+        raise ValueError(f"{where}: {name} is on meta, where tensors hold no values")
     if inputs.dim() < 2:
         raise ValueError(
             f"{where}: {name}'s inputs must have shape [B, ...], not {list(inputs.shape)}"
@@ -232,14 +238,14 @@ def alignment_loss(
     Args:
         datasets: ``[B, E]``.
         networks: ``[B, E]``; row n belongs to row n of ``datasets``.
-        temperature: that cosines are divided by.
+        temperature: that cosines are divided by; a number, or a tensor of no axis where it is learned.
 
     Source: Radford et al. 2021, arXiv 2103.00020, figure 3; targets as in Soro et al. 2024,
     arXiv 2402.18153, section 3.3.
 
     Raises:
         ValueError: shapes are not ``[B, E]``, or differ.
-        TypeError: an argument is no tensor.
+        TypeError: an argument is no tensor, or dtypes are not floating or differ.
     """
     _check.tensor("alignment_loss", "datasets", datasets, "[B, E]", 2)
     _check.tensor("alignment_loss", "networks", networks, "[B, E]", 2)
@@ -248,6 +254,22 @@ def alignment_loss(
             f"alignment_loss: networks must have shape {list(datasets.shape)} as datasets, "
             f"not {list(networks.shape)}"
         )
+    for name, value in (("datasets", datasets), ("networks", networks)):
+        _check.floating("alignment_loss", name, value)
+    _check.same_device("alignment_loss", "networks", networks, "datasets", datasets)
+    if networks.dtype != datasets.dtype:
+        raise TypeError(
+            f"alignment_loss: networks is {networks.dtype}, but datasets is {datasets.dtype}"
+        )
+    if not isinstance(temperature, Tensor):
+        _check.number("alignment_loss", "temperature", temperature, 1e-6, inf)
+    elif temperature.dim() or temperature.is_sparse or not temperature.is_floating_point():
+        raise TypeError(
+            "alignment_loss: temperature must be a number or a floating tensor of no axis, "
+            f"not {_check.describe(temperature)}"
+        )
+    else:
+        _check.same_device("alignment_loss", "temperature", temperature, "datasets", datasets)
     a, b = normalize(datasets, dim=-1), normalize(networks, dim=-1)
     logits = a @ b.mT / temperature
     with torch.no_grad():

@@ -12,12 +12,24 @@ from torch import Tensor, nn
 
 from weightops import _check
 from weightops._checkpoints import CheckpointError
-from weightops.generate._training import Training, read, write
-from weightops.generate.encoder import ClassIndex, Dataset, DatasetEncoder, alignment_loss
+from weightops.generate._training import Training, check_path, read, write
+from weightops.generate.encoder import (
+    ClassIndex,
+    Dataset,
+    DatasetEncoder,
+    alignment_loss,
+    check_dataset,
+)
 from weightops.generate.latent import LatentDiffusion
 from weightops.generate.vae import WeightVAE
 from weightops.spec import WeightSpec
 
+#: part -> what can be given to it
+OPTIONS = {
+    "autoencoder": ("hidden", "side", "channels"),
+    "encoder": ("hidden", "heads", "points"),
+    "diffusion": ("width", "blocks", "times"),
+}
 STAGES = ("autoencoder", "alignment", "diffusion")
 
 
@@ -71,15 +83,19 @@ class WeightGenerator(nn.Module):
         options: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
+        where = "WeightGenerator"
         if not isinstance(spec, WeightSpec):
-            raise TypeError(
-                f"WeightGenerator: spec must be a WeightSpec, not {type(spec).__name__}"
-            )
+            raise TypeError(f"{where}: spec must be a WeightSpec, not {type(spec).__name__}")
         if not spec.numel:
-            raise ValueError("WeightGenerator: spec has no weights")
-        _check.count("WeightGenerator", "examples", examples)
+            raise ValueError(f"{where}: spec has no weights")
+        for name, size in (
+            *(("features", features), ("classes", classes), ("latent", latent)),
+            *(("condition", condition), ("examples", examples)),
+        ):
+            _check.count(where, name, size)
         if chunk is not None:
-            _check.count("WeightGenerator", "chunk", chunk)
+            _check.count(where, "chunk", chunk)
+        given = _check_options(where, {} if options is None else options)
         self.spec, self.chunk, self.examples = spec, chunk, examples
         self.classes = classes
         self.extractor = [
@@ -88,21 +104,24 @@ class WeightGenerator(nn.Module):
         self.config: dict[str, Any] = {
             **{"features": features, "classes": classes, "latent": latent, "form": form},
             **{"chunk": chunk, "condition": condition, "examples": examples, "drop": drop},
-            "options": {part: dict(named) for part, named in (options or {}).items()},
+            "options": given,
         }
-        for part in self.config["options"]:
-            _check.choice(
-                "WeightGenerator", "options", part, ("autoencoder", "encoder", "diffusion")
-            )
         zeros = torch.zeros(spec.numel)
         for name, value in (("mean", zeros), ("scale", zeros + 1), ("floor", zeros - torch.inf)):
             self.register_buffer(name, value)
-        self._build(0)
+        try:
+            self._build(0)
+        except (TypeError, ValueError) as error:
+            for part in (WeightVAE, DatasetEncoder, LatentDiffusion):
+                message = str(error).removeprefix(f"{part.__name__}: ")
+                if message != str(error):
+                    raise type(error)(f"{where}: {message}") from None
+            raise
 
     def _build(self, seed: int) -> None:
         """Make all parts anew, on the device of the buffers; the global generator is left as it was."""
         given, device = self.config, self.mean.device
-        options = {"autoencoder": {}, "encoder": {}, "diffusion": {}} | given["options"]
+        options = given["options"]
         chunks = None if self.chunk is None else -(-self.spec.numel // self.chunk)
         total = given["latent"] * (chunks or 1)
         with torch.random.fork_rng(devices=[]):
@@ -199,6 +218,7 @@ class WeightGenerator(nn.Module):
         _check.number("fit", "decay", decay, 0, 1)
         _check.seed("fit", seed)
         _check.flag("fit", "progress", progress)
+        path = None if checkpoint is None else check_path("fit", "checkpoint", checkpoint)
         run = {
             **{"config": self.config, "spec": self.spec.digest, "steps": list(steps)},
             **{"batch": batch, "rate": rate, "kl": kl, "noise": noise, "decay": decay},
@@ -212,10 +232,11 @@ class WeightGenerator(nn.Module):
         self._standardise(flat)
         generator = torch.Generator(device).manual_seed(seed)
         training = Training(
+            "fit",
             self,
             run,
             generator,
-            path=None if checkpoint is None else Path(checkpoint),
+            path=path,
             every=every,
             progress=progress,
         )
@@ -292,7 +313,9 @@ class WeightGenerator(nn.Module):
         """
         _check.count("generate", "num_networks", num_networks, 0)
         _check.seed("generate", seed)
+        self.diffusion.check("generate", steps, guidance)
         device = self.mean.device
+        check_dataset("generate", "dataset", dataset, self.classes)
         index = ClassIndex("generate", [dataset], self.classes).to(device)
         generator = torch.Generator(device).manual_seed(seed)
         tasks = torch.zeros(num_networks, dtype=torch.int64, device=device)
@@ -310,6 +333,9 @@ class WeightGenerator(nn.Module):
         """
         _check.tensor("reconstruct", "flat", flat, "[N, P]", 2)
         self.spec.check_flat("reconstruct", flat)
+        _check.floating("reconstruct", "flat", flat)
+        if flat.is_meta:
+            raise ValueError("reconstruct: flat is on meta, where tensors hold no values")
         flat = flat.to(self.mean.device, torch.float32)
         return self._decode(self.autoencoder.encode(self._tokens(flat))[0].flatten(1))
 
@@ -320,7 +346,7 @@ class WeightGenerator(nn.Module):
             ValueError: the file can't be written.
         """
         description = {"config": self.config, "spec": self.spec.to_json()}
-        write(Path(path), self.state_dict(), description)
+        write("save", check_path("save", "path", path), self.state_dict(), description)
 
     @classmethod
     def load(cls, path: str | Path, *, extractor: nn.Module | None = None) -> WeightGenerator:
@@ -329,30 +355,39 @@ class WeightGenerator(nn.Module):
         Raises:
             ValueError: the file can't be read, or holds no such model.
         """
-        path = Path(path)
-        tensors, description = read(path)
+        path = check_path("load", "path", path)
+        tensors, description = read("load", path)
         if "config" not in description:
-            raise CheckpointError(f"{path}: is a checkpoint of a training, but no trained model")
+            raise CheckpointError(
+                f"load: {path}: is a checkpoint of a training, but no trained model"
+            )
         spec = WeightSpec.from_json(description["spec"])
         config = dict(description["config"])
         sizes = config.pop("features"), config.pop("classes")
+        if not (extractor is None or isinstance(extractor, nn.Module)):
+            raise TypeError(
+                f"load: extractor must be a module or None, not {_check.describe(extractor)}"
+            )
         model = cls(spec, *sizes, extractor=extractor, **config)
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
-            raise CheckpointError(f"{path}: does not fit the model: {reason}") from None
+            raise CheckpointError(f"load: {path}: does not fit the model: {reason}") from None
         return model
 
     def _check_zoo(self, flat: Tensor, tasks: Tensor) -> None:
         _check.tensor("fit", "flat", flat, "[N, P]", 2)
         self.spec.check_flat("fit", flat)
         _check.floating("fit", "flat", flat)
+        if flat.is_meta:
+            raise ValueError("fit: flat is on meta, where tensors hold no values")
         if not len(flat):
             raise ValueError("fit: flat holds no network")
         _check.finite("fit", "flat", flat)
         _check.tensor("fit", "tasks", tasks, "[N]", 1)
         _check.index_dtype("fit", "tasks", tasks)
+        _check.same_device("fit", "tasks", tasks, "flat", flat)
         _check.size("fit", "tasks", len(tasks), len(flat), "flat's axis 0")
 
     def _standardise(self, flat: Tensor) -> None:
@@ -398,6 +433,23 @@ class WeightGenerator(nn.Module):
         self.latent_mean.copy_(latents.mean(0))
         self.latent_scale.copy_((latents - self.latent_mean).square().mean().sqrt())
         return (latents - self.latent_mean) / self.latent_scale
+
+
+def _check_options(where: str, options: Any) -> dict[str, dict[str, Any]]:
+    """Options by part; parts that are not named have none."""
+    if not isinstance(options, Mapping):
+        raise TypeError(
+            f"{where}: options must map parts to options, not {_check.describe(options)}"
+        )
+    for part, named in options.items():
+        _check.choice(where, "options", part, tuple(OPTIONS))
+        if not isinstance(named, Mapping):
+            raise TypeError(
+                f"{where}: options[{part!r}] must map names to values, not {_check.describe(named)}"
+            )
+        for name in named:
+            _check.choice(where, f"options[{part!r}]", name, OPTIONS[part])
+    return {part: dict(options.get(part, {})) for part in OPTIONS}
 
 
 def _digest(*tensors: Tensor) -> str:

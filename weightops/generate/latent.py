@@ -115,6 +115,18 @@ class LatentDiffusion(nn.Module):
         noisy = self.schedule.add_noise(x, noise, times)
         return (self.denoiser(noisy, times, condition) - noise).square().mean()
 
+    def check(self, where: str, steps: Any, guidance: Any) -> None:
+        """Raise where :meth:`sample` can't take such ``steps`` or ``guidance``."""
+        known = self.schedule.config.num_train_timesteps
+        _check.count(where, "steps", steps)
+        if steps > known:
+            raise ValueError(f"{where}: steps must be at most {known}, not {steps}")
+        _check.number(where, "guidance", guidance, 0, 1e9)
+        if guidance != 1 and not self.drop:
+            raise ValueError(
+                f"{where}: guidance {guidance} needs a model trained with drop above 0"
+            )
+
     @torch.no_grad()
     def sample(
         self,
@@ -138,12 +150,7 @@ class LatentDiffusion(nn.Module):
         """
         from diffusers import DDIMScheduler
 
-        known = self.schedule.config.num_train_timesteps
-        _check.count("sample", "steps", steps)
-        if steps > known:
-            raise ValueError(f"sample: steps must be at most {known}, not {steps}")
-        if guidance != 1 and not self.drop:
-            raise ValueError(f"sample: guidance {guidance} needs a model trained with drop above 0")
+        self.check("sample", steps, guidance)
         schedule: Any = DDIMScheduler(
             **self.noise, clip_sample_range=RANGE, timestep_spacing="trailing"
         )

@@ -58,8 +58,11 @@ class WeightVAE(nn.Module):
         _check.count(where, "latent", latent)
         _check.choice(where, "form", form, FORMS)
         for name, sizes in (("hidden", hidden), ("channels", channels)):
-            if not sizes:
-                raise ValueError(f"{where}: {name} must name at least one layer")
+            if not isinstance(sizes, (list, tuple)) or not sizes:
+                raise TypeError(
+                    f"{where}: {name} must be a non-empty list of integers, "
+                    f"not {_check.describe(sizes)}"
+                )
             for n, size in enumerate(sizes):
                 _check.count(where, f"{name}[{n}]", size)
         _check.count(where, "side", side)
