@@ -14,8 +14,11 @@ BUILD = ROOT / "build" / "sanitize"
 WARNINGS = ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 NATIVE_TESTS = [
-    f"tests/ops/test_{name}.py"
-    for name in ("assign", "equivariant", "manifold", "match", "permute")
+    *(
+        f"tests/ops/test_{name}.py"
+        for name in ("assign", "equivariant", "manifold", "match", "permute")
+    ),
+    *("tests/tokens/test_packing.py", "tests/tokens/test_statistics.py"),
 ]
 
 

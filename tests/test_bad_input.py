@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import bad_generate
 import bad_generators
 import numpy as np
 import pytest
@@ -23,12 +24,16 @@ from weightops import (
     merge,
     permute,
     permute_axes,
+    population_forward,
+    population_loss,
     synthesize,
     synthesize_update_,
     testing,
+    tokens,
     trace,
     verify,
 )
+from weightops.population import overlap
 
 SPEC = WeightSpec(
     {"w1": ("h", None), "b": ("h",), "w2": (("k", None), "h")},
@@ -85,11 +90,15 @@ MODEL, READ = (
     WeightSpec(SPEC.axes | {"w2": (None, "h")}, SPEC.shapes),
 )
 EXAMPLES, TARGETS = torch.randn(5, 2), torch.tensor([0, 3, 1, 2, 0])
+LAYER, LAYERS, CLASSES = nn.Linear(2, 3), torch.randn(2, 9), torch.tensor([0, 2, 1, 0, 2])
 EVALUATED = {
     **{"inputs": EXAMPLES, "targets": TARGETS, "points": 2, "loss": None, "batch_size": 5},
     **{"norm_inputs": None, "norm": "reset", "progress": False},
 }
 SEARCHED = {"seed": 0, "tensors": None, "max_sweeps": 5}
+TOKENS = tokens.TokenPlan(SPEC, "channel", size=4)
+STATISTICS = tokens.statistics(FLAT, SPEC)
+PACKED = tokens.pack(FLAT, TOKENS)
 
 #: function -> how to call it, and arguments that it takes
 VALID: dict[str, tuple[Callable, dict[str, Any]]] = {
@@ -170,10 +179,38 @@ VALID: dict[str, tuple[Callable, dict[str, Any]]] = {
         align.barrier_simplex,
         {"model": MODEL, "spec": SPEC, "corners": FLAT, "weights": None, **EVALUATED},
     ),
+    "population_forward": (
+        population_forward,
+        {
+            **{"flat": LAYERS, "spec_or_model": LAYER, "x": EXAMPLES},
+            **{"reduce": "accuracy", "targets": CLASSES},
+        },
+    ),
+    "population_loss": (
+        population_loss,
+        {"flat": LAYERS, "spec_or_model": LAYER, "x": EXAMPLES, "targets": CLASSES},
+    ),
+    "overlap": (overlap, {"errors": torch.rand(2, 5) > 0.5}),
+    "TokenPlan": (tokens.TokenPlan, {"spec": SPEC, "kind": "channel", "size": 4}),
+    "TokenPlan.from_json": (
+        tokens.TokenPlan.from_json,
+        {"text": TOKENS.to_json(), "spec": SPEC},
+    ),
+    "pack": (tokens.pack, {"flat": FLAT, "plan": TOKENS, "statistics": STATISTICS}),
+    "unpack": (tokens.unpack, {"tokens": PACKED, "plan": TOKENS, "statistics": STATISTICS}),
+    "Statistics": (tokens.Statistics, {"spec": SPEC, "per": "layer"}),
+    "Statistics.from_json": (
+        tokens.Statistics.from_json,
+        {"text": STATISTICS.to_json(), "spec": SPEC},
+    ),
+    "statistics": (tokens.statistics, {"flat": FLAT, "spec": SPEC, "per": "all"}),
+    "update": (tokens.Statistics(SPEC).update, {"flat": FLAT}),
+    "canonical": (tokens.canonical, {"flat": FLAT, "spec": SPEC, "reference": FLAT[0]}),
     "from_git_rebasin": (
         WeightSpec.from_git_rebasin,
         {"permutations": {"h": [("w1", 0), ("b", 0), ("w2", 1)]}, "shapes": SPEC.shapes},
     ),
+    **bad_generate.VALID,
     **bad_generators.VALID,
 }
 
@@ -274,6 +311,33 @@ def not_this(name: str, shape: str, valid: Tensor, other: str, tail: str = "") -
     ]
 
 
+BAD_POPULATION: dict[str, list[tuple[Any, type, str]]] = {
+    "flat": [
+        ([1.0], TYPE, r"flat must be a tensor \[N, P\], not list"),
+        (LAYERS[0], VALUE, r"flat must have shape \[N, P\], not \[9\]"),
+        (LAYERS[:, 1:], VALUE, "flat has shape .2, 8., but the architecture has 9 weights"),
+        (LAYERS.half(), TYPE, "flat must be float32 or float64, not torch.float16"),
+        (LAYERS.double(), TYPE, "x must be torch.float64 as flat, not torch.float32"),
+    ],
+    "spec_or_model": [
+        (3, TYPE, "spec_or_model must be a module or a traced spec, not int 3"),
+        (SPEC, VALUE, "spec_or_model has no layers: .* pass the model"),
+        (nn.Linear(3, 3), VALUE, "torch.export can't export Linear"),
+    ],
+    "x": [
+        ([1.0], TYPE, r"x must be a tensor \[B, ...\] or \[N, B, ...\], not list"),
+        (EXAMPLES[0], VALUE, r"x must have shape \[B, ...\] or \[N, B, ...\], not \[2\]"),
+        (EXAMPLES[:4], VALUE, r"targets must have shape \[4\] or \[2, 4\]"),
+        (EXAMPLES.to("meta"), VALUE, "x is on meta, but flat is on cpu"),
+    ],
+    "targets": [
+        (None, TYPE, "targets must be a tensor"),
+        (CLASSES + 1, VALUE, r"targets must lie in 0..2, given 1 to 3"),
+        (CLASSES.int(), TYPE, "targets must be classes of dtype int64"),
+        (CLASSES[:4], VALUE, r"targets must have shape \[5\] or \[2, 5\]"),
+        (CLASSES.to("meta"), VALUE, "targets is on meta, but flat is on cpu"),
+    ],
+}
 FLOATS = "must be float16, bfloat16, float32 or float64, not"
 LIKE_X = "must be torch.float32 as x, not"
 
@@ -712,6 +776,47 @@ BAD_EVALUATION = {
     "model": NOT_A_MODEL,
     "spec": NOT_A_SPEC,
 }
+NETWORKS = r"\[N, P\] or \[P\]"
+BAD_NETWORKS: list[tuple[Any, type, str]] = [
+    ([1.0], TYPE, rf"flat must be a tensor {NETWORKS}, not list"),
+    (FLAT.to_sparse(), TYPE, "flat must be a dense tensor, not torch.sparse_coo"),
+    (FLAT[None], VALUE, rf"flat must have shape {NETWORKS}, not \[1, 2, {P}\]"),
+    (torch.tensor(0.0), VALUE, rf"flat must have shape {NETWORKS}, not \[\]"),
+    (FLAT[:, 1:], VALUE, rf"flat has shape \[2, {P - 1}\], but the spec's networks have {P}"),
+    (FLAT.int(), TYPE, f"flat {FLOATS} torch.int32"),
+]
+BAD_ZOO: list[tuple[Any, type, str]] = [
+    *BAD_NETWORKS,
+    (FLAT * torch.nan, VALUE, r"flat must be finite, but flat\[0, 0\] is nan"),
+    (FLAT.to("meta"), VALUE, "flat is on meta, where tensors hold no values"),
+]
+NOT_A_PLAN: list[tuple[Any, type, str]] = [
+    (None, TYPE, "plan must be a TokenPlan, not NoneType"),
+    (SPEC, TYPE, "plan must be a TokenPlan, not WeightSpec"),
+]
+OF_MLP = testing.mlp_spec(2, 3, 2)
+NO_STATISTICS: list[tuple[Any, type, str]] = [
+    (FLAT, TYPE, "statistics must be Statistics or None, not a torch.float32 tensor"),
+    (tokens.Statistics(SPEC), VALUE, "statistics are of no network"),
+    (
+        tokens.statistics(torch.ones(1, OF_MLP.numel), OF_MLP),
+        VALUE,
+        "statistics are of another spec: they differ in w1",
+    ),
+]
+
+
+def bad_json(what: str, *more: tuple[Any, type, str]) -> list[tuple[Any, type, str]]:
+    return [
+        (3, TYPE, "text must be a string, not int 3"),
+        ("{", VALUE, f"text is not {what}: JSONDecodeError"),
+        ("[]", VALUE, f"text is not {what}"),
+        ("{}", VALUE, f"text is not {what}: KeyError"),
+        (SPEC.to_json(), VALUE, f"text is not {what}: KeyError"),
+        *more,
+    ]
+
+
 BAD_PATH = [
     (PERMS, TYPE, "{p} must be a list of permutations, not dict"),
     ([], VALUE, "{p} has no steps"),
@@ -778,14 +883,98 @@ SWEEP |= {
         (torch.ones(1, 3), VALUE, "weights has length 3, but the corners has size 2"),
         (torch.ones(1, 2), VALUE, r"rows of weights must sum to 1, but weights\[0\] sums to 2"),
     ],
+    ("TokenPlan", "spec"): NOT_A_SPEC,
+    ("TokenPlan", "kind"): [
+        ("row", VALUE, "kind must be one of 'network', 'chunk', 'layer', 'channel', not 'row'"),
+        (None, TYPE, "kind must be a string, not NoneType"),
+        ("network", VALUE, f"size must be at least {P}, as the spec's networks have so many"),
+    ],
+    ("TokenPlan", "size"): bad_number(1, (2**31, VALUE, r"size must be below 2\^31")),
+    ("TokenPlan.from_json", "text"): bad_json(
+        "a TokenPlan",
+        (TOKENS.to_json().replace("channel", "row"), VALUE, "text is not a TokenPlan: ValueError"),
+    ),
+    ("pack", "flat"): BAD_NETWORKS,
+    ("pack", "plan"): NOT_A_PLAN,
+    ("pack", "statistics"): NO_STATISTICS,
+    ("unpack", "tokens"): [
+        ([1.0], TYPE, r"tokens must be a tensor \[N, T, D\] or \[T, D\], not list"),
+        (PACKED[None], VALUE, r"tokens must have shape \[N, T, D\] or \[T, D\], not \[1, 2"),
+        (PACKED[:, 1:], VALUE, r"tokens has shape .*, but the plan's networks have 7 tokens of 4"),
+        (PACKED[..., 1:], VALUE, r"tokens has shape .*, but the plan's networks have 7 tokens"),
+        (PACKED.int(), TYPE, f"tokens {FLOATS} torch.int32"),
+    ],
+    ("unpack", "plan"): NOT_A_PLAN,
+    ("unpack", "statistics"): NO_STATISTICS,
+    ("Statistics.from_json", "text"): bad_json(
+        "Statistics",
+        (
+            STATISTICS.to_json().replace('"count": 2', '"count": 2.5'),
+            *(VALUE, "text is not Statistics: TypeError"),
+        ),
+        (
+            re.sub(r'"squares": \[', '"squares": [-', STATISTICS.to_json()),
+            *(VALUE, "text is not Statistics: .*squares must not be negative"),
+        ),
+        (
+            re.sub(r'"mean": \[.*?\]', '"mean": {}', STATISTICS.to_json()),
+            *(VALUE, "text is not Statistics: TypeError"),
+        ),
+        (
+            re.sub(r'"mean": \[', '"mean": [NaN, ', STATISTICS.to_json()),
+            *(VALUE, "text is not Statistics: .*mean must be 3 finite numbers"),
+        ),
+    ),
+    **{
+        (f"{where}.from_json", "spec"): [
+            (3, TYPE, "spec must be a WeightSpec or None, not int 3"),
+            (OF_MLP, VALUE, "text is of another spec: they differ in fc1.weight"),
+        ]
+        for where in ("TokenPlan", "Statistics")
+    },
+    **{
+        (where, "spec"): [(None, TYPE, "spec must be a WeightSpec or a TokenPlan, not NoneType")]
+        for where in ("Statistics", "statistics")
+    },
+    **{
+        (where, "per"): [("tensor", VALUE, "per must be one of 'layer', 'all', not 'tensor'")]
+        for where in ("Statistics", "statistics")
+    },
+    ("statistics", "flat"): BAD_ZOO,
+    ("update", "flat"): BAD_ZOO,
+    ("canonical", "flat"): [
+        *BAD_FLAT,
+        (FLAT * torch.nan, VALUE, r"flat must be finite, but flat\[0"),
+        (FLAT.double(), TYPE, "flat is torch.float64, but reference is torch.float32"),
+    ],
+    ("canonical", "spec"): NOT_A_SPEC,
+    ("canonical", "reference"): [
+        *BAD_NETWORK,
+        (FLAT, VALUE, rf"reference must have shape \[P\], not \[2, {P}\]"),
+    ],
     ("from_git_rebasin", "permutations"): [
         ([3], TYPE, "permutations must map tensors to permutations, or .* not list"),
         ({"h": 3}, TYPE, r"permutations\['h'\] must be a list, not int 3"),
         ({"h": [("z", 0)]}, VALUE, r"permutations has \['z'\], which shapes lacks"),
     ],
+    **{
+        (where, argument): cases
+        for where in ("population_forward", "population_loss")
+        for argument, cases in BAD_POPULATION.items()
+    },
+    ("population_forward", "reduce"): [
+        ("mean", VALUE, "reduce must be one of 'logits', 'loss', 'accuracy', 'errors', not 'mean'"),
+        ("logits", VALUE, "targets are for reduce="),
+    ],
+    ("overlap", "errors"): [
+        ([True], TYPE, r"errors must be a tensor \[N, B\], not list"),
+        (torch.zeros(2, 5), TYPE, "errors must be bool, not torch.float32"),
+        (torch.zeros(5).bool(), VALUE, r"errors must have shape \[N, B\], not \[5\]"),
+    ],
     ("from_git_rebasin", "shapes"): [
         (None, TYPE, "shapes must be a module, a state dict or map names to shapes, not NoneType")
     ],
+    **bad_generate.SWEEP,
 }
 SWEEP |= bad_generators.SWEEP
 

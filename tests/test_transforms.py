@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import weightops
-from weightops import testing
+from weightops import testing, tokens
 from weightops.ops import assign as assign_op
 from weightops.ops import equivariant as equivariant_op
 from weightops.ops import manifold as manifold_op
@@ -18,6 +18,7 @@ from weightops.ops import permute as permute_op
 from weightops.ops.equivariant.reference import per_term
 from weightops.ops.permute import reference
 from weightops.ops.permute.plan import plan
+from weightops.ops.tokens import reference as tokens_reference
 
 GENERATOR = torch.Generator().manual_seed(0)
 SPEC = weightops.WeightSpec(
@@ -123,6 +124,11 @@ def convolution_of_everything(layer: Callable[..., Tensor], images: Tensor) -> T
     weight = images.sum() * KERNELS + images[0, 0, :, None, None] * images[1, 1, 0]
     bias = images[0, 1, :3, :1] * torch.ones(4, dtype=images.dtype)
     return layer(images, images[:, 0, 0].cos(), weight, bias)
+
+
+TOKENS = tokens.TokenPlan(SPEC, "channel", size=2)
+STATISTICS = tokens.statistics(FLAT, SPEC)
+PACKED = torch.randn(2, TOKENS.num_tokens, 2, generator=GENERATOR, dtype=torch.float64)
 
 
 class Case(NamedTuple):
@@ -297,6 +303,24 @@ CASES = {
         LINEAR.flatten(1),
         "synthesize",
     ),
+    "tokens": Case(
+        lambda x: tokens.pack(x, TOKENS),
+        lambda x: tokens_reference.pack(x, None, None, TOKENS._code),
+        FLAT,
+        "token_pack",
+    ),
+    "tokens-standardised": Case(
+        lambda x: tokens.pack(x, TOKENS, statistics=STATISTICS),
+        lambda x: tokens_reference.pack(x, STATISTICS.mean, 1 / STATISTICS.std, TOKENS._code),
+        FLAT,
+        "token_pack",
+    ),
+    "tokens-back": Case(
+        lambda x: tokens.unpack(x, TOKENS, statistics=STATISTICS),
+        lambda x: tokens_reference.unpack(x, STATISTICS.mean, STATISTICS.std, TOKENS._code),
+        PACKED,
+        "token_unpack",
+    ),
 }
 # Unlike every other size here: torch takes equal sizes for one symbol.
 BATCHES = (11, 17, 23)
@@ -332,6 +356,7 @@ def test_traced_transform_equals_reference(case: str, name: str) -> None:
     [
         *("permute", "permute_axes", "merge-both", "equivariant", "stack"),
         *("manifold-everything", "manifold_conv", "synthesize-both"),
+        *("tokens-standardised", "tokens-back"),
     ],
 )
 def test_compiled_transform_equals_reference(case: str, name: str) -> None:
@@ -371,6 +396,19 @@ def test_dynamic_batch_compiles_once() -> None:
         lambda x: weightops.permute_axes(x, axes),
         lambda x: reference.permute_axes(x, torch.cat(axes)[None], [1, 2]),
         [torch.randn(n, 3, 4, dtype=torch.float64) for n in BATCHES],
+    )
+
+
+def test_dynamic_batch_of_tokens_compiles_once() -> None:
+    testing.check_compiled_training(
+        CASES["tokens-standardised"].op,
+        CASES["tokens-standardised"].reference,
+        [torch.randn(n, SPEC.numel, dtype=torch.float64) for n in BATCHES],
+    )
+    testing.check_compiled_training(
+        CASES["tokens-back"].op,
+        CASES["tokens-back"].reference,
+        [torch.randn(n, *PACKED.shape[1:], dtype=torch.float64) for n in BATCHES],
     )
 
 
@@ -508,6 +546,18 @@ def test_another_plan_of_the_same_size_compiles_anew() -> None:
         torch.testing.assert_close(
             layer(FEATURES, theta, None, each), per_term(FEATURES, theta, None, each)
         )
+
+
+def test_another_token_plan_and_more_statistics_reach_what_was_compiled() -> None:
+    pack = torch.compile(tokens.pack, backend="aot_eager", fullgraph=True)
+    found = tokens.statistics(FLAT, SPEC)
+    for kind in ("channel", "layer"):
+        plan = tokens.TokenPlan(SPEC, kind, size=2)
+        for _ in range(2):
+            given = pack(FLAT, plan, statistics=found)
+            expected = tokens_reference.pack(FLAT, found.mean, 1 / found.std, plan._code)
+            torch.testing.assert_close(given, expected)
+            found.update(3 * FLAT.cos())
 
 
 def test_autocast_leaves_float32_alone() -> None:

@@ -1,5 +1,6 @@
 """weightops: kernels for programs whose data are neural networks' weights."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from weightops import _load
@@ -15,26 +16,29 @@ from weightops.ops.manifold import (
 )
 from weightops.ops.match import match_weights as _match_weights  # noqa: F401  (declares its op)
 from weightops.ops.permute import merge, permute, permute_axes
+from weightops.ops.population import population_eval as _population_eval  # noqa: F401  (likewise)
 from weightops.spec import WeightSpec
 
 if TYPE_CHECKING:
+    from weightops.population import population_forward, population_loss
     from weightops.tracing import explain, trace, verify
 
 _load.load()
-_TRACING = ("explain", "trace", "verify")
+#: what imports torch.export, for a second, waits until it is asked for
+_LATER = {
+    **dict.fromkeys(("explain", "trace", "verify"), "weightops.tracing"),
+    **dict.fromkeys(("population_forward", "population_loss"), "weightops.population"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Tracing imports torch.export, for a second, so that waits until it is asked for."""
-    if name in _TRACING:
-        from weightops import tracing
-
-        return getattr(tracing, name)
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module 'weightops' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_TRACING]
+    return [*globals(), *_LATER]
 
 
 __all__ = [
@@ -50,6 +54,8 @@ __all__ = [
     "merge",
     "permute",
     "permute_axes",
+    "population_forward",
+    "population_loss",
     "synthesize",
     "synthesize_update_",
     "trace",

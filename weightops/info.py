@@ -8,11 +8,12 @@ import platform
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import weightops
 from weightops import _load, _op
 from weightops.ops.manifold import choice
+from weightops.spec import WeightSpec
 
 
 def collect() -> dict[str, Any]:
@@ -82,6 +83,18 @@ def manifold(x: Tensor, coeffs: Tensor, weight: Tensor, *, index: Tensor | None 
         f"while they are packed: instead of {bases} multiplications a row and weight, one",
     }[regime]
     return f"{regime}: {what}; {'float32 vectors' if regime == 'few rows' else kernel}"
+
+
+def population(spec_or_model: WeightSpec | nn.Module, x: Tensor) -> str:
+    """What runs :func:`weightops.population.population_forward` for a model and its samples, and why.
+
+    Args:
+        spec_or_model: as for :func:`weightops.population.population_forward`.
+        x: samples ``[B, ...]``; only shape, dtype and device matter.
+    """
+    from weightops.population import explain
+
+    return explain(spec_or_model, x)
 
 
 def main() -> None:

@@ -236,8 +236,8 @@ struct Runner {
     int64_t panel_bytes = 0;
     for (const auto& chunk : chunks)
       panel_bytes = std::max(panel_bytes, Kernel::panel(chunk.length()) * int64_t(sizeof(Packed)));
-    // Chunks of all terms at one depth, twice: the sums take as much.
-    panel_bytes *= 2 * (job.product.by_depth ? terms : 2);
+    // Chunks of all terms at one depth, twice: the sums take as much. Of others two.
+    panel_bytes *= 2 * (job.product.by_depth ? terms : job.product.streams ? 1 : 2);
     const Cut cut = cut_up(product::panels_of<Kernel>(job.columns), panel_bytes, blocks,
                            job.rows > job.columns, threads);
     const auto pack_all = [&](Packed* to) {

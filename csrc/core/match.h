@@ -157,7 +157,7 @@ class Descent {
     const Sum* own = side.rows.get(0);
     if (known && 2 * changed < label.depth) {
       // Differences are taken a part at a time, which stays in the cache.
-      const int64_t part = std::max<int64_t>(64, (1 << 18) / n);
+      const int64_t part = std::max<int64_t>(64, (1 << 19) / n);
       for (int64_t begin = 0; begin < changed; begin += part) {
         const int64_t count = std::min(part, changed - begin);
         Sum* differences = differences_.get(count * n + gram::kMargin);
@@ -236,6 +236,7 @@ class Descent {
     job.product.right = {rows, Kind::same, Lies::across, n};
     job.product.right.order = picked;
     job.product.depths = {depth};
+    job.product.streams = true;
     job.rows = job.columns = n;
     job.to = to;
     job.kind = Kind::same;

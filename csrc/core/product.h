@@ -80,6 +80,9 @@ struct Product {
   Source<Sum> left, right;
   std::vector<int64_t> depths;
   bool by_depth = false;  // chunk after chunk of all terms, not term after term
+  // Shorter chunks, of which the next ones' columns are packed meanwhile where the rows are packed
+  // already: for a single deep product.
+  bool streams = false;
 };
 
 // The chunks in the order in which they are multiplied; returns the size of a block's packed rows.
@@ -88,10 +91,11 @@ int64_t cut(const Product<Sum>& product, std::vector<Chunk>& chunks) {
   chunks.clear();
   int64_t at = 0;
   const int terms = product.depths.size();
+  const int64_t most = product.streams ? Kernel::streamed_depth : Kernel::depth;
   for (int term = 0; term < terms; ++term) {
     if (!product.left.own()) at = 0;
-    for (int64_t d = 0; d < product.depths[term]; d += Kernel::depth) {
-      const int64_t end = std::min(d + Kernel::depth, product.depths[term]);
+    for (int64_t d = 0; d < product.depths[term]; d += most) {
+      const int64_t end = std::min(d + most, product.depths[term]);
       chunks.push_back({term, d, end, at});
       at += Kernel::block(end - d);
     }

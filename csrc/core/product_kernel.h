@@ -48,7 +48,7 @@ struct MultiplyAdd {
   static constexpr int bytes = Bytes;
   static constexpr int rows = Bytes == 64 ? 14 : 6;
   static constexpr int lanes = 2 * Arithmetic::lanes;
-  static constexpr int64_t depth = 512;
+  static constexpr int64_t depth = 512, streamed_depth = depth;
   // Known to the compiler, so that all rows are addressed from one register; and no multiple of
   // 4 KiB, which would put all of them into one set of the cache.
   static constexpr int64_t row_stride = depth + 16;
@@ -58,8 +58,9 @@ struct MultiplyAdd {
   // Sizes of a packed chunk of rows, and of columns.
   static int64_t block(int64_t) { return rows * row_stride; }
   static int64_t panel(int64_t d) { return d * lanes; }
-  // Where depth d of a chunk lies in its packed rows.
+  // Where depth d of a chunk lies in its packed rows, and in a panel.
   static int64_t rows_at(int64_t d) { return d; }
+  static int64_t columns_at(int64_t d) { return panel(d); }
 
   static WEIGHTOPS_INLINE void begin() {}
   static WEIGHTOPS_INLINE void end() {}
@@ -131,7 +132,7 @@ struct Bfloat16Tiles {
   using Vector = Arithmetic::Vector;
   static constexpr int bytes = 64;
   static constexpr int rows = 32, lanes = 32, parts = Parts;
-  static constexpr int64_t depth = 512, slice = 32;
+  static constexpr int64_t depth = 512, streamed_depth = 256, slice = 32;
   static constexpr int pieces = 16;  // in which a slice is packed
 
   // How the tiles of a slice lie: their 16 rows, their two halves and the parts.
@@ -147,6 +148,7 @@ struct Bfloat16Tiles {
   static int64_t block(int64_t d) { return padded(d) * rows * Parts; }
   static int64_t panel(int64_t d) { return padded(d) * lanes * Parts; }
   static int64_t rows_at(int64_t d) { return block(d); }
+  static int64_t columns_at(int64_t d) { return panel(d); }
 
   // Whether the system lets this process use the tiles.
   static bool available() {

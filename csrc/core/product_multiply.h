@@ -7,20 +7,22 @@
 
 namespace weightops::product {
 
-// Packs a block's rows piece by piece.
+// Packs a block's rows, or panels of columns, piece by piece.
 template <class Kernel>
-class RowPacking {
+class Packing {
  public:
   using Packed = typename Kernel::Packed;
   using Sum = typename Kernel::Sum;
 
-  RowPacking(const Source<Sum>& source, const std::vector<const Chunk*>& chunks, Range rows,
-             Packed* block, Sum* scratch)
+  Packing() = default;
+  Packing(const Source<Sum>& source, bool columns, const Chunk* const* chunks, size_t count,
+          Range range, Packed* to, Sum* scratch)
       : source_(&source),
-        chunk_(chunks.data()),
-        last_(rows.size() > 0 ? chunk_ + chunks.size() : chunk_),
-        rows_(rows),
-        block_(block),
+        columns_(columns),
+        chunk_(chunks),
+        last_(range.size() > 0 ? chunk_ + count : chunk_),
+        range_(range),
+        to_(to),
         scratch_(scratch) {}
 
   WEIGHTOPS_INLINE void finish() {
@@ -34,23 +36,36 @@ class RowPacking {
  private:
   WEIGHTOPS_INLINE void next() {
     const Chunk& chunk = **chunk_;
-    pack_rows_piece<Kernel>(*source_, chunk.term, rows_.begin, rows_.size(), chunk.begin + depth_,
-                            std::min(Kernel::slice, chunk.length() - depth_),
-                            block_ + chunk.rows_at + Kernel::rows_at(depth_), scratch_, piece_);
+    const int64_t length = chunk.length(), rest = std::min(Kernel::slice, length - depth_);
+    if (columns_) {
+      const int64_t j = range_.begin + panel_ * Kernel::lanes;
+      pack_columns_piece<Kernel>(
+          *source_, chunk.term, j, std::min<int64_t>(Kernel::lanes, range_.end - j),
+          chunk.begin + depth_, rest,
+          to_ + chunk.columns_at + panel_ * Kernel::panel(length) + Kernel::columns_at(depth_),
+          scratch_, piece_);
+    } else {
+      pack_rows_piece<Kernel>(*source_, chunk.term, range_.begin, range_.size(),
+                              chunk.begin + depth_, rest,
+                              to_ + chunk.rows_at + Kernel::rows_at(depth_), scratch_, piece_);
+    }
     if (++piece_ < Kernel::pieces) return;
     piece_ = 0;
+    if (columns_ && ++panel_ < panels_of<Kernel>(range_.size())) return;
+    panel_ = 0;
     depth_ += Kernel::slice;
-    if (depth_ < chunk.length()) return;
+    if (depth_ < length) return;
     depth_ = 0;
     ++chunk_;
   }
 
-  const Source<Sum>* source_;
-  const Chunk *const *chunk_, *const *last_;
-  Range rows_;
-  Packed* block_;
-  Sum* scratch_;
-  int64_t depth_ = 0, due_ = 0;
+  const Source<Sum>* source_ = nullptr;
+  bool columns_ = false;
+  const Chunk *const *chunk_ = nullptr, *const *last_ = nullptr;
+  Range range_{};
+  Packed* to_ = nullptr;
+  Sum* scratch_ = nullptr;
+  int64_t depth_ = 0, panel_ = 0, due_ = 0;
   int piece_ = 0;
 };
 
@@ -69,12 +84,12 @@ struct Meanwhile {
   int64_t wait = 0;              // slices until it is out of the tiles' unit,
   // and the rows that come next are fetched, or packed.
   Ahead ahead{};
-  RowPacking<Kernel>* rows = nullptr;
+  Packing<Kernel>* packing = nullptr;
   int64_t rate = 0;  // 65536th of pieces to a slice
 
   // Between groups of products, of which there are `sites` to a slice.
   WEIGHTOPS_INLINE void step(int site, int sites) {
-    if (site == 0 || rows || taken < part.count) work(*this, site, sites);
+    if (site == 0 || packing || taken < part.count) work(*this, site, sites);
   }
 
   WEIGHTOPS_INLINE void run(int site, int sites) {
@@ -83,7 +98,7 @@ struct Meanwhile {
       --wait;
     }
     if (wait < 0) take((share + sites - 1) / sites);
-    if (rows) rows->go_on(rate / sites);
+    if (packing) packing->go_on(rate / sites);
   }
 
   // Before a tile of a sum of so many products,
@@ -132,41 +147,52 @@ WEIGHTOPS_INLINE void multiply(const Product<typename Kernel::Sum>& product, Ran
   const auto size_of = [&](const Chunk& chunk) {
     return Kernel::panel(chunk.length()) * panels * int64_t(sizeof(Packed));
   };
+  int64_t all = 0, largest = 0;
+  std::vector<const Chunk*> in_turn;
+  for (const Chunk& chunk : chunks) {
+    all += size_of(chunk);
+    largest = std::max(largest, size_of(chunk));
+    in_turn.push_back(&chunk);
+  }
   // Chunks that are packed at a time: all of them, or as many as the cache holds beside the sums.
-  int64_t all = 0;
-  for (const Chunk& chunk : chunks) all += size_of(chunk);
-  const bool at_once = all <= kCacheBytes;
-  const int64_t kept = at_once ? 1 : blocks * panels, kept_bytes = kept * sum_size * sizeof(Sum);
-  const int64_t budget = kCacheBytes - (at_once ? 0 : std::min(kCacheBytes / 2, kept_bytes));
-  Sum* sums = workspace.sums.get(kept * sum_size);
+  // Where the rows are packed already, and sums may wait, the next ones are packed meanwhile.
+  const int64_t waiting = blocks * panels * sum_size,
+                reserve = std::min<int64_t>(kCacheBytes / 2, waiting * sizeof(Sum));
+  const bool fits = all <= kCacheBytes,
+             overlaps = product.streams && packed_rows && Kernel::pieces > 1 && chunks.size() > 1 &&
+                        (!fits || reserve < kCacheBytes / 2),
+             at_once = fits && !overlaps;
+  const int64_t budget = overlaps ? std::min((kCacheBytes - reserve) / 2, all / 4)
+                                  : kCacheBytes - (at_once ? 0 : reserve);
+  const int64_t room = at_once ? all : std::max(budget, largest);
+  Packed* const packed = workspace.columns.get((overlaps ? 2 : 1) * room / sizeof(Packed));
+  // Chunks from `first` on that come to lie there `turn` by turn.
+  const auto group_from = [&](size_t first, int turn) {
+    int64_t at = overlaps ? turn % 2 * room : 0;
+    const int64_t end = at + room;
+    size_t last = first;
+    for (; last < chunks.size() && at + size_of(chunks[last]) <= end; ++last) {
+      chunks[last].columns_at = at / sizeof(Packed);
+      at += size_of(chunks[last]);
+    }
+    return last;
+  };
+  const auto columns_of = [&](size_t first, size_t last) {
+    return Packing<Kernel>(product.right, true, in_turn.data() + first, last - first, columns,
+                           packed, scratch);
+  };
+  const auto steps_of = [&](size_t first, size_t last) {
+    int64_t steps = 0;
+    for (; first < last; ++first)
+      steps += (chunks[first].length() + Kernel::slice - 1) / Kernel::slice;
+    return steps;
+  };
+  Sum* sums = workspace.sums.get(at_once ? sum_size : waiting);
   Packed* block_room = packed_rows ? nullptr : workspace.rows.get(2 * row_size);
   Meanwhile<Kernel, Out> meanwhile{out, work};
-  for (size_t first = 0, last; first < chunks.size(); first = last) {
-    int64_t size = 0;
-    for (last = first; last < chunks.size(); ++last) {
-      const int64_t more = size_of(chunks[last]);
-      if (last > first && size + more > budget) break;
-      chunks[last].columns_at = size / sizeof(Packed);
-      size += more;
-    }
-    // What is read of a block's packed rows, how many steps a tile takes and those rows' packing.
-    Range read{row_size, 0};
-    int64_t steps = 0, row_steps = 0;
-    std::vector<const Chunk*> with_rows;  // no earlier one of those at hand has the same
-    for (size_t c = first; c < last; ++c) {
-      const Chunk& chunk = chunks[c];
-      const int64_t slices = (chunk.length() + Kernel::slice - 1) / Kernel::slice;
-      read.begin = std::min(read.begin, chunk.rows_at);
-      read.end = std::max(read.end, chunk.rows_at + Kernel::block(chunk.length()));
-      steps += slices;
-      if (std::any_of(with_rows.begin(), with_rows.end(),
-                      [&](const Chunk* other) { return other->rows_at == chunk.rows_at; }))
-        continue;
-      with_rows.push_back(&chunk);
-      row_steps += slices;
-    }
-    Packed* const packed = workspace.columns.get(size / sizeof(Packed));
-    for (size_t c = first; c < last; ++c)
+  for (size_t first = 0, last = group_from(0, 0), following, turn = 0; first < chunks.size();
+       first = last, last = following) {
+    for (size_t c = first; c < last && (first == 0 || !overlaps); ++c)
       for (int64_t p = 0; p < panels; ++p) {
         const Chunk& chunk = chunks[c];
         const int64_t j = columns.begin + p * width;
@@ -174,20 +200,40 @@ WEIGHTOPS_INLINE void multiply(const Product<typename Kernel::Sum>& product, Ran
             product.right, chunk.term, j, std::min(width, columns.end - j), chunk.begin,
             chunk.length(), packed + chunk.columns_at + p * Kernel::panel(chunk.length()), scratch);
       }
+    following = group_from(last, ++turn);
+    // What is read of a block's packed rows, how many steps a tile takes and those rows' packing.
+    Range read{row_size, 0};
+    const int64_t steps = steps_of(first, last);
+    int64_t row_steps = 0;
+    std::vector<const Chunk*> with_rows;  // no earlier one of those at hand has the same
+    for (size_t c = first; c < last; ++c) {
+      const Chunk& chunk = chunks[c];
+      read.begin = std::min(read.begin, chunk.rows_at);
+      read.end = std::max(read.end, chunk.rows_at + Kernel::block(chunk.length()));
+      if (std::any_of(with_rows.begin(), with_rows.end(),
+                      [&](const Chunk* other) { return other->rows_at == chunk.rows_at; }))
+        continue;
+      with_rows.push_back(&chunk);
+      row_steps += steps_of(c, c + 1);
+    }
     const auto packing_of = [&](int64_t b) {
       const int64_t begin = rows.begin + b * height;
-      return RowPacking<Kernel>(product.left, with_rows,
-                                {begin, std::min(begin + height, rows.end)},
-                                block_room + b % 2 * row_size, scratch);
+      return Packing<Kernel>(product.left, false, with_rows.data(), with_rows.size(),
+                             {begin, std::min(begin + height, rows.end)},
+                             block_room + b % 2 * row_size, scratch);
     };
-    RowPacking<Kernel> row_packing = packing_of(0);
-    meanwhile.rows = packed_rows ? nullptr : &row_packing;
-    meanwhile.rate = (Kernel::pieces << 16) * row_steps / (panels * steps) + 1;
+    Packing<Kernel> packing =
+        packed_rows ? columns_of(last, overlaps ? following : last) : packing_of(0);
+    meanwhile.packing = packed_rows && !overlaps ? nullptr : &packing;
+    meanwhile.rate = (Kernel::pieces << 16) *
+                         (packed_rows ? steps_of(last, following) * panels : row_steps * blocks) /
+                         (blocks * panels * steps) +
+                     1;
     for (int64_t n = 0; n < blocks * panels; ++n) {
       const int64_t b = n / panels, p = n % panels;
       if (!packed_rows && p == 0) {
-        row_packing.finish();
-        row_packing = packing_of(b + 1);
+        packing.finish();
+        packing = packing_of(b + 1);
       }
       const int64_t i = rows.begin + b * height, j = columns.begin + p * width;
       const Packed* block =
@@ -232,6 +278,7 @@ WEIGHTOPS_INLINE void multiply(const Product<typename Kernel::Sum>& product, Ran
         std::swap(tile, other_tile);
       }
     }
+    if (overlaps) packing.finish();
   }
   meanwhile.finish();
 }

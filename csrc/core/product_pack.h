@@ -220,4 +220,20 @@ WEIGHTOPS_INLINE void pack_rows_piece(const Source<typename Kernel::Sum>& source
   if (piece == 0) pack_rows<Kernel>(source, term, i, count, d, length, block, scratch);
 }
 
+template <class Kernel>
+WEIGHTOPS_INLINE void pack_columns_piece(const Source<typename Kernel::Sum>& source, int term,
+                                         int64_t i, int64_t count, int64_t d, int64_t length,
+                                         typename Kernel::Packed* panel,
+                                         typename Kernel::Sum* scratch, int piece) {
+  if constexpr (Kernel::pieces == 16) {
+    if (source.lies == Lies::across && count == Kernel::lanes && length == Kernel::slice) {
+      const int64_t at = 2 * piece;
+      Kernel::pack_columns(panel, at, source.row(term, d + at, i, count, scratch),
+                           source.row(term, d + at + 1, i, count, scratch + Kernel::lanes));
+      return;
+    }
+  }
+  if (piece == 0) pack_columns<Kernel>(source, term, i, count, d, length, panel, scratch);
+}
+
 }  // namespace weightops::product

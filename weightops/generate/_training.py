@@ -13,20 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from weightops import _check
 from weightops._checkpoints import CheckpointError
 from weightops._progress import track
 
 #: key of a file's description among the strings that safetensors keeps
 _KEY = "weightops"
-
-
-def check_path(where: str, name: str, path: Any) -> Path:
-    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
-        raise TypeError(f"{where}: {name} must be a path, not {_check.describe(path)}")
-    if "\0" in os.fspath(path):
-        raise ValueError(f"{where}: {name} must be a path, which has no null character")
-    return Path(path)
 
 
 def write(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from weightops import _check
 from weightops._checkpoints import CheckpointError
-from weightops.generate._training import Training, check_path, read, write
+from weightops.generate._files import check_path
+from weightops.generate._training import Training, read, write
 from weightops.generate.encoder import (
     ClassIndex,
     Dataset,

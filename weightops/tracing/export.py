@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,21 +20,26 @@ from weightops.tracing.rules import find_rule
 def export(
     where: str, model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> torch.export.ExportedProgram:
-    """The model in eval mode as a graph; ops with a rule of their own stay whole.
+    """The model in eval mode as a graph, nothing decomposed.
 
     Raises:
         ValueError: ``torch.export`` fails; names the module and the line that it failed at.
     """
     with _quiet(), _evaluating(model):
         try:
-            program = torch.export.export(model, inputs, dict(kwargs))
-            return program.run_decompositions(dict(_decompositions()))
+            return torch.export.export(model, inputs, dict(kwargs))
         except Exception as error:
             message = next(filter(None, str(error).splitlines()), type(error).__name__)
             raise ValueError(
                 f"{where}: torch.export can't export {type(model).__name__}"
                 f"{_place(model, error)}: {message}"
             ) from error
+
+
+def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The graph in ops that have a rule of their own, or have no decomposition."""
+    with _quiet():
+        return program.run_decompositions(dict(_decompositions()))
 
 
 @cache
@@ -45,9 +51,16 @@ def _decompositions() -> dict[Any, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    # What fails is raised; torch logs it, too.
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

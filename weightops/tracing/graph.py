@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from weightops import _check
+from weightops.population._compile import PROGRAM, compile_or_reason
 from weightops.spec import Axis as Entry
 from weightops.spec import WeightSpec
 from weightops.tracing import (  # noqa: F401  (they register their rules)
@@ -22,7 +23,7 @@ from weightops.tracing import (  # noqa: F401  (they register their rules)
     rules_slices,
     rules_views,
 )
-from weightops.tracing.export import export, read_weights
+from weightops.tracing.export import decompose, export, read_weights
 from weightops.tracing.labels import Axis, Labels
 from weightops.tracing.names import name_labels
 from weightops.tracing.rules import Axes, Stack, replace
@@ -122,7 +123,8 @@ def derive(
     if not isinstance(model, nn.Module):
         raise TypeError(f"{where}: model must be a module, not {_check.describe(model)}")
     weights = read_weights(model)
-    program = export(where, model, inputs, kwargs)
+    exported = export(where, model, inputs, kwargs)
+    program = decompose(exported)
     decisions: Decisions = {}
     while True:
         known = {key: set(bounds) for key, bounds in decisions.items()}
@@ -143,6 +145,7 @@ def derive(
         sizes={names[atom]: size for atom, size in factors if atom is not None},
         unverified=True,
     )
+    spec._cache[PROGRAM] = compile_or_reason(exported, weights.names)
     return Derivation(spec, parts, origins, walk.unknown)
 
 

@@ -1,0 +1,187 @@
+"""What runs a population: a program of layers where the model has one, else the model itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from weightops import _check, _load
+from weightops.ops.population import Program, population_logits
+from weightops.population._compile import PROGRAM, compile_or_reason
+from weightops.spec import WeightSpec
+from weightops.tracing.export import Weights, export, read_weights
+
+
+@dataclass(frozen=True)
+class Runner:
+    """How a population's samples become outputs.
+
+    Attributes:
+        numel: numbers P of a network.
+        shared: whether all networks read the same samples.
+        outputs: numbers K of one sample's output.
+        program: the layers with their code, if the kernels run them.
+        reason: why there is none.
+        call: else ``(row [P], x [B, ...]) -> output [B, ...]`` of one network.
+    """
+
+    numel: int
+    shared: bool
+    outputs: int
+    program: Program | None = None
+    code: tuple[int, ...] = ()
+    reason: str = ""
+    call: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def logits(self, flat: Tensor, x: Tensor) -> Tensor:
+        """``[N, B, K]``, differentiable."""
+        if self.program is not None:
+            return population_logits(flat, x, self.code, self.shared)
+        assert self.call is not None
+        try:
+            made = torch.func.vmap(self.call, (0, None if self.shared else 0))(flat, x)
+        except RuntimeError as error:
+            if "Batching rule not implemented" not in str(error):
+                raise
+            rows = [self.call(row, x if self.shared else x[n]) for n, row in enumerate(flat)]
+            made = torch.stack(rows)
+        return made.flatten(2)
+
+
+_programs: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()
+
+
+def resolve(where: str, flat: Tensor, model: WeightSpec | nn.Module, x: Tensor) -> Runner:
+    """Check a population and its samples against the architecture, and find what runs it.
+
+    A module is traced once for a shape of samples. Samples are shared if the module takes them as they
+    are, else every network's own.
+    """
+    _check.tensor(where, "flat", flat, "[N, P]", 2)
+    if flat.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{where}: flat must be float32 or float64, not {flat.dtype}")
+    shapes = "[B, ...] or [N, B, ...]"
+    _check.tensor(where, "x", x, shapes)
+    if x.dim() < 2:
+        raise ValueError(f"{where}: x must have shape {shapes}, not {list(x.shape)}")
+    _check.same_device(where, "x", x, "flat", flat)
+    if x.is_floating_point() and x.dtype != flat.dtype:
+        raise TypeError(f"{where}: x must be {flat.dtype} as flat, not {x.dtype}")
+    runner = (
+        _of_spec(where, model, x)
+        if isinstance(model, WeightSpec)
+        else _of_module(where, model, flat, x)
+    )
+    if flat.shape[1] != runner.numel:
+        raise ValueError(
+            f"{where}: flat has shape {list(flat.shape)}, but the architecture has {runner.numel} weights"
+        )
+    if not runner.shared:
+        _check.size(where, "x's first axis", x.shape[0], flat.shape[0], "networks")
+    return runner
+
+
+def explain(spec_or_model: WeightSpec | nn.Module, x: Tensor) -> str:
+    """What runs a population of an architecture on samples ``[B, ...]``, and why."""
+    where = "explain"
+    _check.tensor(where, "x", x, "[B, ...]")
+    flat = torch.empty(0, 0, dtype=x.dtype, device=x.device)
+    runner = (
+        _of_spec(where, spec_or_model, x)
+        if isinstance(spec_or_model, WeightSpec)
+        else _of_module(where, spec_or_model, flat, x)
+    )
+    if runner.program is None:
+        return f"torch.func: networks are mapped one by one, since no kernel has {runner.reason}"
+    kinds = ", ".join(layer.kind.replace("_", " ") for layer in runner.program.layers)
+    kernel = "C++" if _load.has_kernel("population_logits", x.device.type) else "plain torch"
+    return f"one call for all networks ({kernel}): {kinds}"
+
+
+def _of_spec(where: str, spec: WeightSpec, x: Tensor) -> Runner:
+    program = spec._cache.get(PROGRAM, "it was not traced in this process")
+    if isinstance(program, str):
+        raise ValueError(f"{where}: spec_or_model has no layers: {program}; pass the model")
+    taken = program.taken
+    for shared, shape in ((True, x.shape[1:]), (False, x.shape[2:])):
+        if tuple(shape) == taken:
+            code = tuple(program.encode(spec.offsets))
+            return Runner(spec.numel, shared, prod(program.made), program, code)
+    raise ValueError(
+        f"{where}: x must have shape [B, {', '.join(map(str, taken))}], or that with the networks in "
+        f"front, not {list(x.shape)}"
+    )
+
+
+def _of_module(where: str, model: nn.Module, flat: Tensor, x: Tensor) -> Runner:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{where}: spec_or_model must be a module or a traced spec, not {_check.describe(model)}"
+        )
+    known = _programs.setdefault(model, {})
+    key = (repr(model), tuple(x.shape[1:]), x.dtype, x.shape[0] == flat.shape[0])
+    if key not in known:
+        known[key] = _trace(where, model, flat, x)
+    return known[key]
+
+
+def _trace(where: str, model: nn.Module, flat: Tensor, x: Tensor) -> Runner:
+    weights = read_weights(model)
+    sizes = {name: prod(shape) for name, shape in weights.shapes.items()}
+    *starts, numel = accumulate(sizes.values(), initial=0)
+    offsets = dict(zip(sizes, starts, strict=True))
+    device = next((each.device for each in model.state_dict().values()), x.device)
+    fallback: Runner | None = None
+    faults: list[ValueError] = []
+    own = x.dim() > 2 and x.shape[0] == flat.shape[0]
+    for shared, shape in ((True, x.shape[1:]), *([(False, x.shape[2:])] if own else [])):
+        samples = torch.zeros(2, *shape, dtype=x.dtype, device=device)
+        try:
+            exported = export(where, model, (samples,), {})
+        except ValueError as fault:
+            faults.append(fault)
+            continue
+        program = compile_or_reason(exported, weights.names)
+        if isinstance(program, Program):
+            code = tuple(program.encode(offsets))
+            return Runner(numel, shared, prod(program.made), program, code)
+        if fallback is None:
+            call = _caller(model, weights, offsets)
+            made = _outputs(where, exported)
+            fallback = Runner(numel, shared, made, reason=program, call=call)
+    if fallback is None:
+        raise faults[0]
+    return fallback
+
+
+def _outputs(where: str, exported: torch.export.ExportedProgram) -> int:
+    (outputs,) = exported.graph.output_node().args
+    values = [each.meta.get("val") for each in outputs if hasattr(each, "meta")]
+    if len(values) != 1 or not isinstance(values[0], Tensor) or values[0].dim() == 0:
+        raise ValueError(f"{where}: spec_or_model must return one tensor [B, ...]")
+    return prod(values[0].shape[1:])
+
+
+def _caller(
+    model: nn.Module, weights: Weights, offsets: dict[str, int]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """One network as a function of its row, in eval mode."""
+    own = copy.deepcopy(model).eval()
+
+    def call(row: Tensor, x: Tensor) -> Tensor:
+        tensors = {
+            name: row[offsets[held] : offsets[held] + prod(weights.shapes[held])].view(
+                weights.shapes[held]
+            )
+            for name, held in weights.names.items()
+        }
+        return torch.func.functional_call(own, tensors, (x,))
+
+    return call
