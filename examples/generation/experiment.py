@@ -13,7 +13,7 @@ from torch import Tensor
 import weightops
 from generation import population
 from generation.tasks import FAMILIES, MODELS, Tasks, initial, traced
-from weightops import align
+from weightops import align, generate
 from weightops.generate import WeightGenerator
 
 FINE_TUNED = (0, 1, 2, 5, 10, 20, 40, 80)
@@ -76,7 +76,7 @@ class Zoo:
     def wrong(self, flat: Tensor, task: int) -> Tensor:
         """Which of a task's test images networks take for another class, bool ``[N, B]``."""
         data = self.tasks.data[task]
-        return population.errors(flat, self.spec, self.model, data.test, data.test_classes)
+        return population.errors(flat, self.model, data.test, data.test_classes)
 
     def accuracy(self, flat: Tensor, task: int) -> Tensor:
         return 1 - self.wrong(flat, task).float().mean(1)
@@ -87,7 +87,7 @@ class Zoo:
     def retrieve(self, task: int) -> Tensor:
         """The networks of the zoo by their accuracy on a task's training images, best first."""
         images, classes = self.images[task], self.classes[task]
-        found = population.accuracy(self.flat, self.spec, self.model, images, classes)
+        found = population.accuracy(self.flat, self.model, images, classes)
         return self.flat[found.argsort(descending=True)]
 
 
@@ -130,7 +130,7 @@ def compare(recipe: Recipe) -> Results:
         "fine-tuned": fine_tuned(zoo, generated, retrieved, fresh),
         "novelty": novelty(zoo, generator, generated),
         "losses": {
-            name: [round(value, 4) for value in each.unfold(0, 50, 50).mean(1).tolist()]
+            name: [round(part.mean().item(), 4) for part in each.chunk(20)]
             for name, each in losses.items()
         },
         "cpu_seconds": round(time.process_time() - began),
@@ -170,48 +170,37 @@ def novelty(zoo: Zoo, generator: WeightGenerator, generated: list[Tensor]) -> Re
     """How far networks are from the nearest one of the zoo, and how alike their wrong predictions.
 
     Distances are modulo permutation and in units of the mean distance between two networks of one
-    task. Overlap is that of the sets of images taken for another class, intersection over union, with
-    the network of the same task that has most of it. Of a network of the zoo the others count.
+    task. Overlap is that of the sets of images taken for another class, with the network of the same
+    task that has most of it. Networks are compared with those of the zoo that they are not made of.
     """
-    kinds: dict[str, Callable[[int], Tensor]] = {
-        "zoo": zoo.of,
-        "reconstructed": lambda task: generator.reconstruct(zoo.of(task)),
-        "generated": lambda task: generated[task],
-    }
-    found: dict[str, dict[str, list[float]]] = {
-        name: {"distance": [], "overlap": []} for name in kinds
-    }
+    kinds = ("zoo", "reconstructed", "generated")
+    found: dict[str, Results] = {kind: {"distance": [], "overlap": []} for kind in kinds}
     pairs = []
     for task in range(0, zoo.recipe.seen, max(1, zoo.recipe.seen // 5)):
         own = zoo.of(task)
-        wrong = zoo.wrong(own, task)
-        pairs.append(torch.cdist(own, own)[~torch.eye(len(own), dtype=torch.bool)].mean().item())
-        for name, networks in kinds.items():
-            # Of a network of the zoo, itself does not count; nor, of a reconstructed one, what it was made of.
-            flat = networks(task)[:4]
-            itself = torch.eye(len(flat), len(own), dtype=torch.bool) & (name == "zoo")
-            matched = torch.stack([matched_distances(zoo, each, own) for each in flat])
-            found[name]["distance"] += matched.masked_fill(itself, torch.inf).amin(1).tolist()
-            alike = overlap(zoo.wrong(flat, task), wrong)
-            found[name]["overlap"] += alike.masked_fill(itself, -1).amax(1).tolist()
+        pairs.append(torch.pdist(own).mean().item())
+        for n in range(min(4, len(own))):
+            others = torch.cat([own[:n], own[n + 1 :]])
+            for kind, network, against in (
+                ("zoo", own[n], others),
+                ("reconstructed", generator.reconstruct(own[n : n + 1])[0], others),
+                ("generated", generated[task][n], own),
+            ):
+                nearest = generate.novelty(
+                    network[None],
+                    against,
+                    zoo.spec,
+                    errors=zoo.wrong(network[None], task),
+                    zoo_errors=zoo.wrong(against, task),
+                    progress=False,
+                )
+                found[kind]["distance"].append(nearest.distance.item())
+                found[kind]["overlap"].append(nearest.overlap.item())
     unit = sum(pairs) / len(pairs)
     return {
-        name: {
+        kind: {
             "distance": round(sum(each["distance"]) / len(each["distance"]) / unit, 3),
             "overlap": round(sum(each["overlap"]) / len(each["overlap"]), 3),
         }
-        for name, each in found.items()
+        for kind, each in found.items()
     }
-
-
-def matched_distances(zoo: Zoo, network: Tensor, others: Tensor) -> Tensor:
-    """Distances ``[N]`` of ``others`` ``[N, P]``, permuted towards ``network`` ``[P]``, to it."""
-    perms = align.match(zoo.spec, network, others).perms
-    return (weightops.permute(others, perms, zoo.spec) - network).norm(dim=1)
-
-
-def overlap(first: Tensor, second: Tensor) -> Tensor:
-    """Intersection over union ``[N, M]`` of sets bool ``[N, B]`` and ``[M, B]``."""
-    a, b = first.float(), second.float()
-    both = a @ b.mT
-    return both / (a.sum(1)[:, None] + b.sum(1) - both).clamp(min=1)

@@ -1,4 +1,4 @@
-"""Many networks of one architecture at once, in batched torch: logits, wrong predictions, training."""
+"""Many networks of one architecture at once: wrong predictions, and training in batched torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, cross_entropy
 
 from weightops import WeightSpec
+from weightops.population import population_forward
 
 
 def logits(flat: Tensor, spec: WeightSpec, model: nn.Sequential, images: Tensor) -> Tensor:
@@ -35,20 +36,14 @@ def logits(flat: Tensor, spec: WeightSpec, model: nn.Sequential, images: Tensor)
     return h
 
 
-@torch.no_grad()
-def errors(
-    flat: Tensor, spec: WeightSpec, model: nn.Sequential, images: Tensor, classes: Tensor
-) -> Tensor:
+def errors(flat: Tensor, model: nn.Sequential, images: Tensor, classes: Tensor) -> Tensor:
     """Which predictions are wrong, bool ``[N, B]``."""
-    parts = [logits(some, spec, model, images).argmax(-1) != classes for some in flat.split(64)]
-    return torch.cat(parts)
+    return population_forward(flat, model, images, reduce="errors", targets=classes)
 
 
-def accuracy(
-    flat: Tensor, spec: WeightSpec, model: nn.Sequential, images: Tensor, classes: Tensor
-) -> Tensor:
+def accuracy(flat: Tensor, model: nn.Sequential, images: Tensor, classes: Tensor) -> Tensor:
     """``[N]``."""
-    return 1 - errors(flat, spec, model, images, classes).float().mean(1)
+    return population_forward(flat, model, images, reduce="accuracy", targets=classes)
 
 
 def train(
