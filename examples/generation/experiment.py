@@ -113,9 +113,9 @@ def compare(recipe: Recipe) -> Results:
         return [round(zoo.accuracy(networks(task), task).mean().item(), 4) for task in where]
 
     fresh = initial(zoo.model, zoo.spec, recipe.generated, seed=1)
-    half = len(datasets) // 2
+    half = recipe.seen // 2
     return {
-        "recipe": vars(recipe),
+        "recipe": vars(recipe) | {"steps": list(recipe.steps)},
         "tasks": list(tasks.names),
         "weights": zoo.spec.numel,
         "accuracy": {
@@ -124,7 +124,8 @@ def compare(recipe: Recipe) -> Results:
             "generated, seen": mean(lambda task: generated[task], seen),
             "generated, unseen": mean(lambda task: generated[task], unseen),
             "retrieved": mean(lambda task: retrieved[task][:1], unseen),
-            "wrong task": mean(lambda task: generated[(task + half) % len(datasets)], seen),
+            # Of rotations, the opposite one.
+            "wrong task": mean(lambda task: generated[(task + half) % recipe.seen], seen),
             "random": mean(lambda task: fresh, unseen),
         },
         "fine-tuned": fine_tuned(zoo, generated, retrieved, fresh),

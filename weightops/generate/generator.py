@@ -138,7 +138,7 @@ class WeightGenerator(nn.Module):
                 given["features"],
                 given["classes"],
                 given["condition"],
-                extractor=self.extractor[0],
+                extractor=self._extractor[0],
                 **options["encoder"],
             )
             #: from latents to where they are compared with datasets
