@@ -99,9 +99,8 @@ class WeightGenerator(nn.Module):
         given = _check_options(where, {} if options is None else options)
         self.spec, self.chunk, self.examples = spec, chunk, examples
         self.classes = classes
-        self.extractor = [
-            extractor
-        ]  # in a list, as the encoder's copy of it is the one that counts
+        # In a list, so that it is no module of this one: the encoder has a copy of it.
+        self._extractor = [extractor]
         self.config: dict[str, Any] = {
             **{"features": features, "classes": classes, "latent": latent, "form": form},
             **{"chunk": chunk, "condition": condition, "examples": examples, "drop": drop},
@@ -263,7 +262,9 @@ class WeightGenerator(nn.Module):
             rows = draw()
             examples = index.draw(tasks[rows], self.examples, generator)
             vectors, networks = self.encoder(examples), self.projection(latents[rows])
-            return alignment_loss(vectors, networks, temperature=self.log_temperature.exp())
+            return alignment_loss(
+                vectors, networks, temperature=self.log_temperature.exp().clamp(min=0.01)
+            )
 
         aligned = [*self.encoder.parameters(), *self.projection.parameters(), self.log_temperature]
         training.stage(STAGES[1], alignment, aligned, steps=steps[1], rate=rate)
