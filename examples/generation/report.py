@@ -116,19 +116,19 @@ def draw_accuracies(axis: Any, results: Results) -> None:
 
 
 def draw_tasks(axis: Any, name: str, zoo: dict[str, Any]) -> None:
-    """Accuracy over the angle, or over the tasks in their order."""
+    """Accuracy over the angle."""
     found, seen = zoo["accuracy"], zoo["recipe"]["seen"]
     at = [float(task.rstrip("°")) for task in zoo["tasks"]]
-    axis.plot(at[:seen], found["zoo"], ".", color="tab:gray", label=ROWS["zoo"])
+    axis.plot(at[:seen], found["zoo"], ".", color="tab:gray")
     for row, where, mark, color in (
         ("generated, seen", slice(seen), ".", "tab:cyan"),
         ("generated, unseen", slice(seen, None), "o", "tab:blue"),
         ("retrieved", slice(seen, None), "s", "tab:orange"),
         ("wrong task", slice(seen), "x", "tab:red"),
     ):
-        axis.plot(at[where], found[row], mark, color=color, label=ROWS[row])
-    axis.set(title=name, xlabel="angle, degrees", ylabel="accuracy on test images", ylim=(0, 1))
-    legend(axis)
+        axis.plot(at[where], found[row], mark, color=color)
+    axis.set(title=f"{name}, colours as there", xlabel="angle, degrees", ylim=(0, 1))
+    axis.set_ylabel("accuracy on test images")
 
 
 def draw_fine_tuned(axis: Any, name: str, results: Results) -> None:
