@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import bad_generate
+import bad_generators
 import bad_training
 import numpy as np
 import pytest
@@ -212,6 +213,7 @@ VALID: dict[str, tuple[Callable, dict[str, Any]]] = {
     ),
     **bad_generate.VALID,
     **bad_training.VALID,
+    **bad_generators.VALID,
 }
 
 H, ONE = PERMS["h"], PERMS["h"][0]
@@ -977,6 +979,7 @@ SWEEP |= {
     **bad_generate.SWEEP,
     **bad_training.SWEEP,
 }
+SWEEP |= bad_generators.SWEEP
 
 CASES = [
     pytest.param(where, argument, value, error, text, id=f"{where}-{argument}-{i}")
@@ -1084,7 +1087,7 @@ JUNK = st.recursive(
 )
 # Reasonable memory, not a reasonable number, is what bounds these.
 COUNTS = JUNK.filter(lambda value: type(value) is not int or value < 1000)
-BOUNDED = ("n", "points", "max_sweeps", "trials", "steps")
+BOUNDED = ("n", "points", "max_sweeps", "trials", "steps", *bad_generators.BOUNDED)
 
 
 @pytest.mark.parametrize("where", VALID)

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import reproduce_connectivity
+import reproduce_d2nwg
 import reproduce_manifold
 import reproduction
 from connectivity import report as connectivity
+from generation import report as generation
 from manifold import report
 from rich.console import Console
 
@@ -171,6 +173,47 @@ def test_claims_of_the_full_connectivity_experiment() -> None:
     check_connectivity(
         reproduce_connectivity.compare(reproduce_connectivity.FULL, Console(quiet=True))
     )
+
+
+def accuracy(zoo: dict[str, Any], row: str) -> float:
+    return float(np.mean(zoo["accuracy"][row]))
+
+
+def after(results: reproduction.Results, zoo: dict[str, Any], start: str, steps: int) -> float:
+    return zoo["fine-tuned"][start][results["fine-tuning steps"].index(steps)]
+
+
+def test_networks_are_generated_for_rotations_that_the_zoo_does_not_have(tmp_path: Path) -> None:
+    results = reproduce_d2nwg.compare(reproduce_d2nwg.QUICK, Console(quiet=True))
+    save("generation", results, generation, tmp_path)
+    assert (tmp_path / "generation.svg").stat().st_size > 10_000
+    assert json.loads((tmp_path / "generation.json").read_text()) == results
+    (zoo,) = results["zoos"].values()
+    assert accuracy(zoo, "reconstructed") > accuracy(zoo, "zoo") - 0.05
+    for row in ("generated, seen", "generated, unseen"):
+        assert accuracy(zoo, row) > 0.2 + accuracy(zoo, "wrong task")
+        assert accuracy(zoo, row) > 0.3 + accuracy(zoo, "random")
+    assert after(results, zoo, "generated", 5) > 0.3 + after(results, zoo, "random", 5)
+
+
+def check_generation(results: reproduction.Results) -> None:
+    zoos = results["zoos"]
+    for name in ("rotations, MLP", "rotations, CNN"):
+        zoo = zoos[name]
+        assert accuracy(zoo, "generated, unseen") > 0.85
+        assert accuracy(zoo, "generated, unseen") > 0.01 + accuracy(zoo, "retrieved")
+        assert accuracy(zoo, "wrong task") < 0.6
+        assert after(results, zoo, "generated", 5) > after(results, zoo, "random", 80)
+        assert zoo["novelty"]["generated"]["overlap"] < 0.95
+    own, aligned = (
+        zoos[f"rotations, MLP, own {way}"] for way in ("initialisations", "ones aligned")
+    )
+    assert accuracy(aligned, "generated, unseen") > 0.1 + accuracy(own, "generated, unseen")
+
+
+@pytest.mark.slow
+def test_claims_of_the_full_generation_experiment() -> None:
+    check_generation(reproduce_d2nwg.compare(reproduce_d2nwg.FULL, Console(quiet=True)))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Parts of ``reproduce_d2nwg.py``: tasks, populations of networks, one experiment, report."""

@@ -1,0 +1,202 @@
+"""Training in stages that can stop anywhere and go on as if it had not."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from math import cos, pi
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from weightops._checkpoints import CheckpointError
+from weightops._progress import track
+
+#: key of a file's description among the strings that safetensors keeps
+_KEY = "weightops"
+
+
+def write(
+    where: str, path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
+) -> None:
+    """Write one safetensors file with a description as JSON: whole, or not at all."""
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{where}: {path}: can't be written: {path.parent} is no folder")
+    copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    try:
+        save_file(copies, temporary, metadata={_KEY: json.dumps(description)})
+        os.replace(temporary, path)
+    except Exception as error:  # safetensors has an error of its own for a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{where}: {path}: can't be written: {reason}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read(where: str, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and description of a file that :func:`write` wrote."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        path.open("rb").close()
+        with safe_open(path, framework="pt") as file:
+            description = (file.metadata() or {}).get(_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise CheckpointError(f"{where}: {path}: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{where}: {path}: is truncated or no safetensors file: {error}"
+        ) from None
+    if description is None:
+        raise CheckpointError(f"{where}: {path}: was not written by weightops.generate")
+    return tensors, json.loads(description)
+
+
+class Training:
+    """The state of a training and its checkpoint: model, optimizer, random numbers, losses.
+
+    Args:
+        where: the function that messages name.
+        model: all modules, whichever stage trains them.
+        run: what makes a run this one, for JSON; a checkpoint of another run is refused.
+        generator: of all random numbers that stages draw.
+        path: of the checkpoint, from which training goes on where it exists; ``None`` for none.
+        every: steps between checkpoints.
+        progress: show bars.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        model: nn.Module,
+        run: Mapping[str, Any],
+        generator: torch.Generator,
+        *,
+        path: Path | None,
+        every: int,
+        progress: bool,
+    ) -> None:
+        self.where = where
+        self.model, self.run, self.generator = model, json.loads(json.dumps(run)), generator
+        self.path, self.every, self.progress = path, every, progress
+        self.losses: dict[str, Tensor] = {}
+        self._done: list[str] = []
+        self._step = 0
+        self._resumed: dict[str, Tensor] = {}
+        if path is not None and path.exists():
+            self._read(path)
+
+    def stage(
+        self,
+        name: str,
+        loss: Callable[[], Tensor],
+        parameters: Iterable[nn.Parameter],
+        *,
+        steps: int,
+        rate: float,
+        averaged: nn.Module | None = None,
+        decay: float = 0.0,
+    ) -> None:
+        """Minimise ``loss()`` by AdamW, whose rate falls along a cosine, unless this stage is over already.
+
+        ``averaged`` gets the moving averages of its parameters in the end.
+        """
+        if name in self._done:
+            return
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=rate, fused=True)
+        average = (
+            None
+            if averaged is None
+            else AveragedModel(averaged, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        )
+        losses = self.losses.setdefault(name, torch.full((steps,), torch.nan))
+        if self._resumed:
+            _load_optimizer(optimizer, _under("optimizer", self._resumed))
+            if average is not None:
+                average.load_state_dict(_under("average", self._resumed))
+            self._resumed = {}
+        for step in track(range(self._step, steps), name, enabled=self.progress):
+            optimizer.param_groups[0]["lr"] = rate * (1 + cos(pi * step / steps)) / 2
+            optimizer.zero_grad()
+            value = loss()
+            value.backward()
+            optimizer.step()
+            if average is not None and averaged is not None:
+                average.update_parameters(averaged)
+            losses[step] = value.detach()
+            if self.path is not None and (step + 1) % self.every == 0 and step + 1 < steps:
+                self._write(self.path, step + 1, optimizer, average)
+        if average is not None and averaged is not None:
+            averaged.load_state_dict(_under("module", average.state_dict()))
+        self._done.append(name)
+        self._step = 0
+        if self.path is not None:
+            self._write(self.path, 0)
+
+    def _write(
+        self,
+        path: Path,
+        step: int,
+        optimizer: torch.optim.Optimizer | None = None,
+        average: AveragedModel | None = None,
+    ) -> None:
+        parts: dict[str, Mapping[str, Tensor]] = {
+            "model": self.model.state_dict(),
+            "losses": self.losses,
+            "random": {"state": self.generator.get_state()},
+        }
+        if optimizer is not None:
+            parts["optimizer"] = {
+                f"{n}.{key}": tensor
+                for n, state in optimizer.state_dict()["state"].items()
+                for key, tensor in state.items()
+            }
+        if average is not None:
+            parts["average"] = average.state_dict()
+        tensors = {
+            f"{part}.{name}": t for part, named in parts.items() for name, t in named.items()
+        }
+        write(self.where, path, tensors, {"run": self.run, "done": self._done, "step": step})
+
+    def _read(self, path: Path) -> None:
+        tensors, description = read(self.where, path)
+        if "run" not in description:
+            raise CheckpointError(
+                f"{self.where}: {path}: is no checkpoint of a training, but a trained model"
+            )
+        for name, value in self.run.items():
+            if (given := description["run"].get(name)) != value:
+                raise CheckpointError(
+                    f"{self.where}: {path}: is a checkpoint of another training, whose {name} is {given}, not {value}"
+                )
+        self.model.load_state_dict(_under("model", tensors))
+        self.losses = _under("losses", tensors)
+        self.generator.set_state(tensors["random.state"])
+        self._done, self._step = description["done"], description["step"]
+        self._resumed = tensors if self._step else {}
+
+
+def _under(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    prefix = f"{part}."
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        n, key = name.split(".")
+        state.setdefault(int(n), {})[key] = tensor
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
