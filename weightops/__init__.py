@@ -16,7 +16,7 @@ from weightops.ops.manifold import (
 )
 from weightops.ops.match import match_weights as _match_weights  # noqa: F401  (declares its op)
 from weightops.ops.permute import merge, permute, permute_axes
-from weightops.ops.population import population_eval as _population_eval  # noqa: F401  (likewise)
+from weightops.ops.population import training as _training  # noqa: F401  (likewise)
 from weightops.ops.tokens import token_pack as _token_pack  # noqa: F401  (likewise)
 from weightops.spec import WeightSpec
 

@@ -23,7 +23,7 @@ from weightops.generate import (
     span,
     validate,
 )
-from weightops.population import population_forward
+from weightops.population import population_batchnorm, population_forward
 
 
 class Net(nn.Module):
@@ -295,12 +295,18 @@ def test_fine_tuning_measures_accuracy_after_the_given_steps() -> None:
     assert not torch.equal(found.flat, fine_tune(FLAT, Net(), data, [40], **run | {"seed": 4}).flat)
 
 
-def test_fine_tuning_trains_parameters_not_buffers_and_not_its_input() -> None:
+def test_fine_tuning_trains_all_and_leaves_its_input() -> None:
     before = FLAT.clone()
-    views = SPEC.unflatten(trained(range(5), steps=3))
+    tuned = trained(range(5), steps=3)
+    views = SPEC.unflatten(tuned)
     for name, start in SPEC.unflatten(FLAT).items():
-        assert torch.equal(views[name], start) == ("running" in name), name
+        assert not torch.equal(views[name], start), name
     assert torch.equal(FLAT, before)
+
+
+def test_fine_tuned_networks_have_their_own_running_statistics() -> None:
+    tuned = trained(range(5), steps=3)
+    torch.testing.assert_close(tuned, population_batchnorm(tuned, Net(), X))
 
 
 # Partial generation

@@ -81,5 +81,10 @@ def named(where: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        message = str(error).removeprefix("population_forward: ").replace("spec_or_model", "model")
+        message = (
+            str(error)
+            .removeprefix("population_forward: ")
+            .removeprefix("population_train: ")
+            .replace("spec_or_model", "model")
+        )
         raise type(error)(f"{where}: {message}") from None

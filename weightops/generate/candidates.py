@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import gcd
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from weightops import _check
 from weightops.generate._arguments import check_dtype, check_population, in_order_of, named
-from weightops.generate._population import population_train
 from weightops.generate.zoo import Zoo
-from weightops.population import population_forward
+from weightops.population import population_batchnorm, population_forward, population_train
 
 #: networks of a zoo that are in memory at once, and their weights
 _NETWORKS, _WEIGHTS = 256, 2**24
@@ -145,6 +144,8 @@ def fine_tune(
 ) -> FineTuned:
     """Train all networks alike with Adam, and measure their accuracy after given numbers of steps.
 
+    Batch norm goes by the batches' own statistics, and those in the networks are then re-estimated on ``data``.
+
     Args:
         flat: networks ``[N, P]``, laid out as ``model``'s state dict.
         model: the architecture; it does not change.
@@ -152,7 +153,7 @@ def fine_tune(
         steps: after which accuracy is measured, ascending; 0 is before the first.
         test: ``x`` and classes to measure it on.
         learning_rate: of Adam, in (0, 1].
-        batch_size: examples a step, at most all; drawn with replacement, for each network its own.
+        batch_size: examples a step, at most all; in an order of every network's own, anew each epoch.
         seed: of the batches.
 
     Raises:
@@ -174,16 +175,23 @@ def fine_tune(
     _check.number(where, "learning_rate", learning_rate, 1e-30, 1 + 1e-9)
     _check.count(where, "batch_size", batch_size)
     _check.seed(where, seed)
-    every = max(1, gcd(*steps))
-    trained, accuracy = population_train(
-        flat,
-        model,
-        (data[0], data[1]),
-        steps=steps[-1],
-        learning_rate=learning_rate,
-        batch_size=min(batch_size, len(data[0])),
-        seed=seed,
-        probes=(test[0], test[1]),
-        every=every,
-    )
-    return FineTuned(trained, accuracy[[step // every for step in steps]])
+    norms = any(isinstance(module, _BatchNorm) for module in model.modules())
+    state, done, accuracy = None, 0, []
+    for step in steps:
+        with named(where):
+            trained = population_train(
+                flat,
+                model,
+                data,
+                steps=step - done,
+                lr=learning_rate,
+                weight_decay=0.0,
+                batch_size=min(batch_size, len(data[0])),
+                seed=seed,
+                state=state,
+                progress=False,
+            )
+        flat, state, done = trained.flat, trained.state, step
+        measured = population_batchnorm(flat, model, data[0]) if norms and step else flat
+        accuracy.append(scores_of(where, measured, model, *test).accuracy)
+    return FineTuned(measured, torch.stack(accuracy))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from weightops import _check
-from weightops.ops.population import population_eval, reduce
+from weightops.ops.population import population_eval, reduce, training
 from weightops.population._resolve import Runner, resolve
 from weightops.spec import WeightSpec
 
@@ -54,7 +54,9 @@ def population_forward(
             raise ValueError(f"{where}: targets are for reduce='loss', 'accuracy' or 'errors'")
         return runner.logits(flat, x)
     checked = check_targets(where, runner, flat, x, targets, values=reduce == "loss")
-    if runner.program is not None and not (reduce == "loss" and _differentiates(flat, x)):
+    if reduce == "loss" and _differentiates(flat, x):
+        return _losses(runner, flat, x, checked)
+    if runner.program is not None:
         return population_eval(flat, x, checked, runner.code, runner.shared, reduce)
     return _reduced(runner, flat, x, checked, reduce)
 
@@ -68,7 +70,7 @@ def population_loss(
     """
     where = "population_loss"
     runner = resolve(where, flat, spec_or_model, x)
-    return _reduced(runner, flat, x, check_targets(where, runner, flat, x, targets), "loss")
+    return _losses(runner, flat, x, check_targets(where, runner, flat, x, targets))
 
 
 def overlap(errors: Tensor) -> Tensor:
@@ -97,6 +99,12 @@ def _differentiates(*tensors: Tensor) -> bool:
     return torch._C._are_functorch_transforms_active() or (
         torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     )
+
+
+def _losses(runner: Runner, flat: Tensor, x: Tensor, targets: Tensor) -> Tensor:
+    if runner.program is None:
+        return _reduced(runner, flat, x, targets, "loss")
+    return training.population_loss(flat, x, targets, runner.code, runner.shared)
 
 
 def _reduced(runner: Runner, flat: Tensor, x: Tensor, targets: Tensor, to: str) -> Tensor:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from weightops import _op
-from weightops.ops.population import training_reference
+from weightops.ops.population import population_eval, training_reference
 
-__all__ = ["population_loss_grad", "population_steps"]
+__all__ = ["population_loss", "population_loss_grad", "population_steps"]
 
 
 def _vmap(op: Callable[[], Callable]) -> Callable:
@@ -31,6 +31,15 @@ def _vmap(op: Callable[[], Callable]) -> Callable:
     return run
 
 
+def _vmap_one(op: Callable[[], Callable]) -> Callable:
+    several = _vmap(lambda: lambda *args: (op()(*args),))
+
+    def run(*args: Any) -> tuple[Tensor, int]:
+        return several(*args)[0][0], 0
+
+    return run
+
+
 def _fake_loss_grad(
     flat: Tensor, x: Tensor, targets: Tensor, code: Sequence[int], shared: bool
 ) -> tuple[Tensor, Tensor]:
@@ -44,6 +53,49 @@ population_loss_grad: Callable = _op.define(
     reference=training_reference.population_loss_grad,
     fake=_fake_loss_grad,
     vmap=_vmap(lambda: population_loss_grad),
+)
+
+
+def _of(code: Sequence[int], shared: bool, targets: Tensor) -> Callable:
+    return lambda flat, x: training_reference.losses(flat, x, targets, code, shared)
+
+
+def _loss_backward(args: Sequence, needs: Sequence[bool], grad: Tensor) -> tuple:
+    flat, x, targets, code, shared = args
+    # What is differentiated again, and what belongs to the samples, is left to torch.
+    if needs[1] or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        pull: Any = torch.func.vjp(_of(code, shared, targets), flat, x)[1]
+        of_flat, of_x = pull(grad)
+        return of_flat, of_x if needs[1] else None, None, None, None
+    grads = population_loss_grad(flat, x, targets, code, shared)[1]
+    return grads * grad[:, None], None, None, None, None
+
+
+def _loss_jvp(args: Sequence, *tangents: Tensor | None) -> Tensor:
+    flat, x, targets, code, shared = args
+    given = tuple(
+        torch.zeros_like(each) if tangent is None else tangent
+        for each, tangent in zip((flat, x), tangents, strict=False)
+    )
+    return torch.func.jvp(_of(code, shared, targets), (flat, x), given)[1]
+
+
+#: mean losses ``[N]``
+population_loss: Callable = _op.define(
+    "population_loss(Tensor flat, Tensor x, Tensor targets, int[] code, bool shared) -> Tensor",
+    reference=training_reference.losses,
+    fake=lambda flat, *others: flat.new_empty(len(flat)),
+    vmap=_vmap_one(lambda: population_loss),
+    backward=_loss_backward,
+    jvp=_loss_jvp,
+)
+
+
+_op.serve(
+    "population_loss",
+    "cpu",
+    lambda flat, x, targets, code, shared: population_eval(flat, x, targets, code, shared, "loss"),
+    by="population_eval",
 )
 
 

@@ -26,6 +26,16 @@ def own_targets(targets: Tensor) -> bool:
     return targets.dim() == (3 if targets.is_floating_point() else 2)
 
 
+def losses(flat: Tensor, x: Tensor, targets: Tensor, code: Sequence[int], shared: bool) -> Tensor:
+    """Mean losses ``[N]`` of networks ``[N, P]``, in eval mode."""
+
+    def one(row: Tensor, x: Tensor, targets: Tensor) -> Tensor:
+        return loss(reference.run(row, x, code), targets)
+
+    dims = 0, None if shared else 0, 0 if own_targets(targets) else None
+    return torch.func.vmap(one, dims)(flat, x, targets)
+
+
 def loss_grad(
     forward: Forward, flat: Tensor, x: Tensor, targets: Tensor, shared: bool
 ) -> tuple[Tensor, Tensor]:
