@@ -31,6 +31,9 @@ GOALS: dict[str, tuple[float | None, float | None]] = {
     "manifold per-sample 1024->1024 B=512 K=3 bfloat16 forward": (None, 1.0),
     "manifold per-sample 1024->1024 B=1 K=9 forward": (1.2, None),
     "manifold synthesize 25,600,000 weights K=3 G=1": (1.1, None),
+    "population 64 CNNs forward": (1.4, 8.0),
+    "population 256 MLPs 64-32-10 forward": (None, 3.0),
+    "population 64 MLPs 784-128-10 forward": (None, 1.0),
 }
 for _network, _least in (
     ("vgg16", 10.0),
