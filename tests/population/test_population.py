@@ -66,7 +66,12 @@ def recurrent() -> nn.Module:
     return Last()
 
 
+def wide() -> nn.Module:
+    return nn.Sequential(nn.Linear(260, 130), nn.ReLU(), nn.Linear(130, 4))
+
+
 MODELS = {
+    "wide": (wide, (260,)),
     "residual": (Residual, (3, 9, 8)),
     "mlp": (mlp, (4, 5)),
     "in place": (InPlace, (6,)),

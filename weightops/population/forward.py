@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from weightops import _check
-from weightops.ops.population import population_eval, reduce, training
+from weightops.ops.population import population_eval, training
+from weightops.ops.population.reference import reduce as reduce_logits
 from weightops.population._resolve import Runner, resolve
 from weightops.spec import WeightSpec
 
@@ -56,6 +57,15 @@ def population_forward(
     checked = check_targets(where, runner, flat, x, targets, values=reduce == "loss")
     if reduce == "loss" and _differentiates(flat, x):
         return _losses(runner, flat, x, checked)
+    if runner.by_torch:
+        # Reduced as they come, so that no [N, B, K] is held.
+        own = checked.dim() > (2 if checked.is_floating_point() else 1)
+        reduced = [
+            reduce_logits(made[None], checked[n : n + 1] if own else checked[None], reduce)[0]
+            for n, made in runner.singly(flat, x)
+        ]
+        if reduced:
+            return torch.stack(reduced)
     if runner.program is not None:
         return population_eval(flat, x, checked, runner.code, runner.shared, reduce)
     return _reduced(runner, flat, x, checked, reduce)
@@ -110,7 +120,9 @@ def _losses(runner: Runner, flat: Tensor, x: Tensor, targets: Tensor) -> Tensor:
 def _reduced(runner: Runner, flat: Tensor, x: Tensor, targets: Tensor, to: str) -> Tensor:
     logits = runner.logits(flat, x)
     shared = targets.dim() == (2 if targets.is_floating_point() else 1)
-    return reduce(logits, targets.expand(len(flat), *targets.shape) if shared else targets, to)
+    return reduce_logits(
+        logits, targets.expand(len(flat), *targets.shape) if shared else targets, to
+    )
 
 
 def check_targets(
