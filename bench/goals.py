@@ -111,6 +111,12 @@ _GROUPED = [
 ]
 # patterns of groups -> their further rows
 AGAINST: dict[str, list[Against]] = {
+    "population 256 MLPs*": [
+        Against("medium against medium", ("medium-*",), 3.0, ours="weightops-medium")
+    ],
+    "population 64 *": [
+        Against("medium against medium", ("medium-*",), 1.0, ours="weightops-medium")
+    ],
     "tokens pack resnet18*": [
         Against("against copying the tokens", ("clone",), most=2.0),
         *_peers(layer_by_layer=10.0, sane_style=10.0),
