@@ -85,11 +85,11 @@ def views(model: nn.Module, flat: Tensor) -> list[Tensor]:
     return [part.unflatten(1, p.shape) for part, p in zip(parts, model.parameters(), strict=True)]
 
 
-@pytest.mark.parametrize("implementation", ["weightops", "loop", "batched torch"])
+@pytest.mark.parametrize("implementation", ["weightops", "loop", "batched-torch"])
 @pytest.mark.parametrize("name", POPULATIONS)
 def test_train(name: str, implementation: str, measure, benchmark) -> None:
     make, networks, shape, rows, batch, steps = POPULATIONS[name]
-    benchmark.group = f"train {name}"
+    benchmark.group = f"population training {name}"
     benchmark.extra_info["steps"] = steps
     torch.manual_seed(0)
     models = [make() for _ in range(networks)]

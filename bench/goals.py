@@ -90,7 +90,7 @@ class Against:
         return None if self.most is None else 1 / times_faster <= self.most
 
 
-def _peers(**least: float) -> list[Against]:
+def _peers(**least: float | None) -> list[Against]:
     names = {name.replace("_", "-"): goal for name, goal in least.items()}
     return [Against(f"against {peer}", (peer,), goal) for peer, goal in names.items()]
 
@@ -111,6 +111,9 @@ _GROUPED = [
 ]
 # patterns of groups -> their further rows
 AGAINST: dict[str, list[Against]] = {
+    "population training 32 MLPs*": _peers(loop=6.0, batched_torch=2.0),
+    "population training 16 CNNs": _peers(loop=5.0, batched_torch=2.0),
+    "population training 16 MLPs*": _peers(loop=None, batched_torch=None),
     "population 256 MLPs*": [
         Against("medium against medium", ("medium-*",), 3.0, ours="weightops-medium")
     ],
