@@ -56,7 +56,7 @@ SWEEP: dict[tuple[str, str], list[tuple[Any, type, str]]] = {
         ((X,), TYPE, r"data must be a pair \(x, targets\), not tuple"),
         ((X, CLASSES + 1), VALUE, r"targets must lie in 0..2, given 1 to 3"),
         ((X, CLASSES[:4]), VALUE, r"targets must have shape \[5\] or \[2, 5\]"),
-        ((X[:0], CLASSES[:0]), VALUE, "data must have rows"),
+        ((X[:0], CLASSES[:0]), VALUE, "x holds no sample"),
     ],
     ("population_train", "steps"): NOT_A_COUNT,
     ("population_train", "optimizer"): [

@@ -118,8 +118,6 @@ def population_train(
     runner = resolve(where, flat, spec_or_model, x)
     targets = check_targets(where, runner, flat, x, targets)
     rows, networks = x.shape[0] if runner.shared else x.shape[1], len(flat)
-    if rows == 0:
-        raise ValueError(f"{where}: data must have rows, given x of shape {list(x.shape)}")
     _check.count(where, "steps", steps, 0)
     _check.count(where, "every", every)
     _check.flag(where, "progress", progress)

@@ -18,7 +18,7 @@ __all__ = ["Layer", "Program", "population_eval", "population_logits", "reduce"]
 
 def _outputs(code: Sequence[int]) -> int:
     """Numbers of one sample's output."""
-    made = reference.decode(list(code))[1][-1]["made"]
+    made = reference.decode(code)[1][-1]["made"]
     return made[0] * made[1] * made[2]
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 #: in the order of the numbers that stand for them in csrc/core/population_plan.h
@@ -88,8 +89,8 @@ def _fill(values: tuple[int, ...] | list[int], size: int, value: int = -1) -> li
     return [*values, *[value] * (size - len(values))]
 
 
-def decode(code: list[int]) -> tuple[int, list[dict]]:
-    """The input's numbers and per layer what :meth:`Program.encode` wrote, for the reference."""
+@lru_cache(maxsize=256)
+def _decode(code: tuple[int, ...]) -> tuple[int, list[dict]]:
     layers = []
     for at in range(2, len(code), RECORD):
         record = code[at : at + RECORD]
@@ -105,3 +106,12 @@ def decode(code: list[int]) -> tuple[int, list[dict]]:
             }
         )
     return code[0], layers
+
+
+def decode(code: Sequence[int]) -> tuple[int, list[dict]]:
+    """The input's numbers and per layer what :meth:`Program.encode` wrote, for the reference."""
+    return _decode(tuple(code))
+
+
+# What a list of integers says is a constant, which Dynamo need not trace.
+decode._dynamo_marked_constant = True  # type: ignore[attr-defined]

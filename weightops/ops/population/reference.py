@@ -18,7 +18,7 @@ def run(row: Tensor, x: Tensor, code: Sequence[int], training: bool = False) -> 
 
     In ``training`` batch norm goes by the batch's own statistics.
     """
-    _, layers = decode(list(code))
+    _, layers = decode(code)
     values = [x]
     for layer in layers:
         taken = [values[i].reshape(len(x), *layer["taken"]) for i in layer["inputs"]]
@@ -29,7 +29,7 @@ def run(row: Tensor, x: Tensor, code: Sequence[int], training: bool = False) -> 
 def estimate(row: Tensor, x: Tensor, code: Sequence[int]) -> Tensor:
     """``row`` with the batch's own means and unbiased variances as batch norm's running statistics."""
     row, values = row.clone(), [x]
-    for layer in decode(list(code))[1]:
+    for layer in decode(code)[1]:
         taken = [values[i].reshape(len(x), *layer["taken"]) for i in layer["inputs"]]
         if layer["kind"] == "batch_norm":
             variance, mean = torch.var_mean(taken[0], (0, 2, 3))
@@ -87,7 +87,7 @@ def _apply(layer: dict, row: Tensor, x: Tensor, *others: Tensor, training: bool 
 def population_logits(flat: Tensor, x: Tensor, code: Sequence[int], shared: bool) -> Tensor:
     """``flat [N, P]``, ``x [B, ...]`` (``shared``) or ``[N, B, ...]`` -> logits ``[N, B, K]``."""
     if not len(flat):
-        made = decode(list(code))[1][-1]["made"]
+        made = decode(code)[1][-1]["made"]
         return flat.new_zeros(0, x.shape[0 if shared else 1], prod(made))
     rows = torch.func.vmap(lambda row, own: run(row, own, code), (0, None if shared else 0))
     return rows(flat, x)
