@@ -13,13 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from weightops import _check, _load
-from weightops.ops.population import Program, population_logits, reference
+from weightops.ops.population import Program, population_logits
 from weightops.population._compile import PROGRAM, compile_or_reason
+from weightops.population._products import LARGE, is_large, products
 from weightops.spec import WeightSpec
 from weightops.tracing.export import Weights, export, read_weights
-
-#: weights of a linear layer from which on torch multiplies faster (measured at 8,192 and 100,352)
-LARGE = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -44,22 +42,19 @@ class Runner:
     call: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
-    def by_torch(self) -> bool:
-        """Whether torch's products, network by network, are faster than the kernel: they are large."""
-        return self.program is not None and any(
-            layer.kind == "linear" and prod(layer.taken) * prod(layer.made) >= LARGE
-            for layer in self.program.layers
-        )
+    def by_products(self) -> bool:
+        """Whether products of many networks at once are faster than the kernel: layers are large."""
+        return self.program is not None and is_large(self.program)
 
-    def singly(self, flat: Tensor, x: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Network after network: its place and its outputs ``[B, K]``."""
-        for n, row in enumerate(flat):
-            yield n, reference.run(row, x if self.shared else x[n], self.code)
+    def products(self, flat: Tensor, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Groups of networks: which ones, and their outputs ``[n, B, K]``."""
+        assert self.program is not None
+        return products(self.program, self.code, flat, x, self.shared)
 
     def logits(self, flat: Tensor, x: Tensor) -> Tensor:
         """``[N, B, K]``, differentiable."""
-        if self.by_torch:
-            return torch.stack([made for _, made in self.singly(flat, x)])
+        if self.by_products and len(flat):
+            return torch.cat([made for _, made in self.products(flat, x)])
         if self.program is not None:
             return population_logits(flat, x, self.code, self.shared)
         assert self.call is not None
@@ -118,8 +113,8 @@ def explain(spec_or_model: WeightSpec | nn.Module, x: Tensor) -> str:
     )
     if runner.program is None:
         return f"torch.func: networks are mapped one by one, since no kernel has {runner.reason}"
-    if runner.by_torch:
-        return f"torch, network by network: a linear layer has {LARGE:,} weights or more"
+    if runner.by_products:
+        return f"products of many networks at once: a linear layer has {LARGE:,} weights or more"
     kinds = ", ".join(layer.kind.replace("_", " ") for layer in runner.program.layers)
     kernel = "C++" if _load.has_kernel("population_logits", x.device.type) else "plain torch"
     return f"one call for all networks ({kernel}): {kinds}"

@@ -57,15 +57,19 @@ def population_forward(
     checked = check_targets(where, runner, flat, x, targets, values=reduce == "loss")
     if reduce == "loss" and _differentiates(flat, x):
         return _losses(runner, flat, x, checked)
-    if runner.by_torch:
+    if runner.by_products and len(flat):
         # Reduced as they come, so that no [N, B, K] is held.
         own = checked.dim() > (2 if checked.is_floating_point() else 1)
-        reduced = [
-            reduce_logits(made[None], checked[n : n + 1] if own else checked[None], reduce)[0]
-            for n, made in runner.singly(flat, x)
-        ]
-        if reduced:
-            return torch.stack(reduced)
+        return torch.cat(
+            [
+                reduce_logits(
+                    made,
+                    checked[group] if own else checked.expand(len(made), *checked.shape),
+                    reduce,
+                )
+                for group, made in runner.products(flat, x)
+            ]
+        )
     if runner.program is not None:
         return population_eval(flat, x, checked, runner.code, runner.shared, reduce)
     return _reduced(runner, flat, x, checked, reduce)

@@ -22,7 +22,7 @@ def run(row: Tensor, x: Tensor, code: Sequence[int], training: bool = False) -> 
     values = [x]
     for layer in layers:
         taken = [values[i].reshape(len(x), *layer["taken"]) for i in layer["inputs"]]
-        values.append(_apply(layer, row, *taken, training=training))
+        values.append(apply(layer, row, *taken, training=training))
     return values[-1].reshape(len(x), prod(layers[-1]["made"]))
 
 
@@ -35,11 +35,12 @@ def estimate(row: Tensor, x: Tensor, code: Sequence[int]) -> Tensor:
             variance, mean = torch.var_mean(taken[0], (0, 2, 3))
             for place, found in zip(layer["places"][2:], (mean, variance), strict=True):
                 row[place : place + len(found)] = found
-        values.append(_apply(layer, row, *taken, training=True))
+        values.append(apply(layer, row, *taken, training=True))
     return row
 
 
-def _apply(layer: dict, row: Tensor, x: Tensor, *others: Tensor, training: bool = False) -> Tensor:
+def apply(layer: dict, row: Tensor, x: Tensor, *others: Tensor, training: bool = False) -> Tensor:
+    """What a layer makes of ``x [B, C, H, W]`` (or of any shape, elementwise)."""
     kind, (channels, height, width) = layer["kind"], layer["taken"]
     outputs, settings = layer["made"][0], layer["settings"]
 
