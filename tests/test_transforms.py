@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import weightops
@@ -15,9 +15,11 @@ from weightops.ops import assign as assign_op
 from weightops.ops import equivariant as equivariant_op
 from weightops.ops import manifold as manifold_op
 from weightops.ops import permute as permute_op
+from weightops.ops import population as population_op
 from weightops.ops.equivariant.reference import per_term
 from weightops.ops.permute import reference
 from weightops.ops.permute.plan import plan
+from weightops.ops.population import training, training_reference
 from weightops.ops.tokens import reference as tokens_reference
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -129,6 +131,14 @@ def convolution_of_everything(layer: Callable[..., Tensor], images: Tensor) -> T
 TOKENS = tokens.TokenPlan(SPEC, "channel", size=2)
 STATISTICS = tokens.statistics(FLAT, SPEC)
 PACKED = torch.randn(2, TOKENS.num_tokens, 2, generator=GENERATOR, dtype=torch.float64)
+
+
+SMALL = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(2, 3))
+SMALL_SPEC = weightops.trace(SMALL, torch.randn(2, 1, 3, 3))
+NETWORKS = torch.randn(2, SMALL_SPEC.numel, generator=GENERATOR, dtype=torch.float64)
+SAMPLES = torch.randn(4, 1, 3, 3, generator=GENERATOR, dtype=torch.float64)
+CLASSES = torch.tensor([0, 2, 1, 2])
+PROGRAM = SMALL_SPEC._cache["program"].encode(SMALL_SPEC.offsets)
 
 
 class Case(NamedTuple):
@@ -320,6 +330,24 @@ CASES = {
         lambda x: tokens_reference.unpack(x, STATISTICS.mean, STATISTICS.std, TOKENS._code),
         PACKED,
         "token_unpack",
+    ),
+    "population": Case(
+        lambda x: population_op.population_logits(x, SAMPLES, PROGRAM, True),
+        lambda x: population_op.reference.population_logits(x, SAMPLES, PROGRAM, True),
+        NETWORKS,
+        "population_logits",
+    ),
+    "population-samples": Case(
+        lambda x: population_op.population_logits(NETWORKS, x, PROGRAM, True),
+        lambda x: population_op.reference.population_logits(NETWORKS, x, PROGRAM, True),
+        SAMPLES,
+        "population_logits",
+    ),
+    "population-loss": Case(
+        lambda x: training.population_loss(x, SAMPLES, CLASSES, PROGRAM, True),
+        lambda x: training_reference.losses(x, SAMPLES, CLASSES, PROGRAM, True),
+        NETWORKS,
+        "population_loss",
     ),
 }
 # Unlike every other size here: torch takes equal sizes for one symbol.

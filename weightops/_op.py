@@ -211,6 +211,38 @@ def moved_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
+def lane_by_lane(op: Callable[[], Callable]) -> Callable:
+    """A ``vmap`` for :func:`define` that calls the op, which ``op`` returns, once for each lane."""
+
+    def run(size: int, dims: Sequence, *args: Any) -> tuple[Any, Any]:
+        lanes = [
+            op()(
+                *(
+                    arg.select(dim, lane) if isinstance(arg, Tensor) and dim is not None else arg
+                    for arg, dim in zip(args, dims, strict=True)
+                )
+            )
+            for lane in range(size)
+        ]
+        if isinstance(lanes[0], Tensor):
+            return torch.stack(lanes), 0
+        outputs = tuple(torch.stack(each) for each in zip(*lanes, strict=True))
+        return outputs, (0,) * len(outputs)
+
+    return run
+
+
+def push(f: Callable, primals: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor:
+    """``f``'s tangent by reverse mode twice: forward mode can't be nested in an op's ``jvp``."""
+    made, pull = torch.func.vjp(f, *primals)[:2]
+
+    def along(cotangent: Tensor) -> Tensor:
+        pairs = zip(pull(cotangent), tangents, strict=False)
+        return sum((grad * tangent).sum() for grad, tangent in pairs if tangent is not None)
+
+    return torch.func.grad(along)(torch.zeros_like(made))
+
+
 def _float32_precision() -> str:
     return torch.get_float32_matmul_precision()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,24 +30,11 @@ def _refuse_infinite(reference: Tensor, flat: Tensor, code: Sequence[int], order
         raise RuntimeError("match_weights: weights must be finite")
 
 
-def _vmap(size: int, dims: Sequence, *args: object) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    lanes = [
-        match_weights(
-            *(
-                arg.select(dim, lane) if isinstance(arg, Tensor) and dim is not None else arg
-                for arg, dim in zip(args, dims, strict=True)
-            )
-        )
-        for lane in range(size)
-    ]
-    return tuple(torch.stack(outputs) for outputs in zip(*lanes, strict=True)), (0, 0, 0)
-
-
-match_weights = _op.define(
+match_weights: Callable = _op.define(
     "match_weights(Tensor reference, Tensor flat, int[] code, Tensor order)"
     " -> (Tensor, Tensor, Tensor)",
     reference=reference.match_weights,
     fake=_fake,
     check=_refuse_infinite,
-    vmap=_vmap,
+    vmap=_op.lane_by_lane(lambda: match_weights),
 )

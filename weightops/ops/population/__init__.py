@@ -30,22 +30,6 @@ def _fake_logits(flat: Tensor, x: Tensor, code: Sequence[int], shared: bool) -> 
     return flat.new_empty(len(flat), _rows(flat, x, shared), _outputs(code))
 
 
-def _vmap(op: Any) -> Any:
-    def run(size: int, dims: Sequence, *args: Any) -> tuple[Tensor, int]:
-        lanes = [
-            op()(
-                *(
-                    arg.select(dim, lane) if isinstance(arg, Tensor) and dim is not None else arg
-                    for arg, dim in zip(args, dims, strict=True)
-                )
-            )
-            for lane in range(size)
-        ]
-        return torch.stack(lanes), 0
-
-    return run
-
-
 def _of_weights_and_samples(code: Sequence[int], shared: bool) -> Any:
     return lambda flat, x: reference.population_logits(flat, x, code, shared)
 
@@ -59,18 +43,14 @@ def _backward(args: Sequence, needs: Sequence[bool], grad: Tensor) -> tuple:
 
 def _jvp(args: Sequence, *tangents: Tensor | None) -> Tensor:
     flat, x, code, shared = args
-    given = tuple(
-        torch.zeros_like(each) if tangent is None else tangent
-        for each, tangent in zip((flat, x), tangents, strict=False)
-    )
-    return torch.func.jvp(_of_weights_and_samples(code, shared), (flat, x), given)[1]
+    return _op.push(_of_weights_and_samples(code, shared), (flat, x), tangents)
 
 
 population_logits: Callable = _op.define(
     "population_logits(Tensor flat, Tensor x, int[] code, bool shared) -> Tensor",
     reference=reference.population_logits,
     fake=_fake_logits,
-    vmap=_vmap(lambda: population_logits),
+    vmap=_op.lane_by_lane(lambda: population_logits),
     backward=_backward,
     jvp=_jvp,
 )
@@ -110,6 +90,6 @@ population_eval: Callable = _op.define(
     "population_eval(Tensor flat, Tensor x, Tensor targets, int[] code, bool shared, str reduce) -> Tensor",
     reference=_eval,
     fake=_fake_eval,
-    vmap=_vmap(lambda: population_eval),
+    vmap=_op.lane_by_lane(lambda: population_eval),
     check=_refuse_classes,
 )

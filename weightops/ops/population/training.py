@@ -14,32 +14,6 @@ from weightops.ops.population import population_eval, training_reference
 __all__ = ["population_loss", "population_loss_grad", "population_steps"]
 
 
-def _vmap(op: Callable[[], Callable]) -> Callable:
-    def run(size: int, dims: Sequence, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        lanes = [
-            op()(
-                *(
-                    arg.select(dim, lane) if isinstance(arg, Tensor) and dim is not None else arg
-                    for arg, dim in zip(args, dims, strict=True)
-                )
-            )
-            for lane in range(size)
-        ]
-        outputs = tuple(torch.stack(each) for each in zip(*lanes, strict=True))
-        return outputs, (0,) * len(outputs)
-
-    return run
-
-
-def _vmap_one(op: Callable[[], Callable]) -> Callable:
-    several = _vmap(lambda: lambda *args: (op()(*args),))
-
-    def run(*args: Any) -> tuple[Tensor, int]:
-        return several(*args)[0][0], 0
-
-    return run
-
-
 def _fake_loss_grad(
     flat: Tensor, x: Tensor, targets: Tensor, code: Sequence[int], shared: bool
 ) -> tuple[Tensor, Tensor]:
@@ -52,7 +26,7 @@ population_loss_grad: Callable = _op.define(
     " -> (Tensor, Tensor)",
     reference=training_reference.population_loss_grad,
     fake=_fake_loss_grad,
-    vmap=_vmap(lambda: population_loss_grad),
+    vmap=_op.lane_by_lane(lambda: population_loss_grad),
 )
 
 
@@ -73,11 +47,7 @@ def _loss_backward(args: Sequence, needs: Sequence[bool], grad: Tensor) -> tuple
 
 def _loss_jvp(args: Sequence, *tangents: Tensor | None) -> Tensor:
     flat, x, targets, code, shared = args
-    given = tuple(
-        torch.zeros_like(each) if tangent is None else tangent
-        for each, tangent in zip((flat, x), tangents, strict=False)
-    )
-    return torch.func.jvp(_of(code, shared, targets), (flat, x), given)[1]
+    return _op.push(_of(code, shared, targets), (flat, x), tangents)
 
 
 #: mean losses ``[N]``
@@ -85,7 +55,7 @@ population_loss: Callable = _op.define(
     "population_loss(Tensor flat, Tensor x, Tensor targets, int[] code, bool shared) -> Tensor",
     reference=training_reference.losses,
     fake=lambda flat, *others: flat.new_empty(len(flat)),
-    vmap=_vmap_one(lambda: population_loss),
+    vmap=_op.lane_by_lane(lambda: population_loss),
     backward=_loss_backward,
     jvp=_loss_jvp,
 )
@@ -112,5 +82,5 @@ population_steps: Callable = _op.define(
     " -> (Tensor, Tensor, Tensor)",
     reference=training_reference.population_steps,
     fake=_fake_steps,
-    vmap=_vmap(lambda: population_steps),
+    vmap=_op.lane_by_lane(lambda: population_steps),
 )
