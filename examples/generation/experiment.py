@@ -70,7 +70,7 @@ class Zoo:
 
     def train(self, flat: Tensor, tasks: Tensor, steps: Any, seed: int) -> list[Tensor]:
         return population.train(
-            *(flat, self.spec, self.model, self.images, self.classes, tasks), steps=steps, seed=seed
+            *(flat, self.model, self.images, self.classes, tasks), steps=steps, seed=seed
         )
 
     def wrong(self, flat: Tensor, task: int) -> Tensor:

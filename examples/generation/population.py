@@ -1,39 +1,12 @@
-"""Many networks of one architecture at once: wrong predictions, and training in batched torch."""
+"""Many networks of one architecture at once: wrong predictions, and training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, cross_entropy
 
-from weightops import WeightSpec
-from weightops.population import population_forward
-
-
-def logits(flat: Tensor, spec: WeightSpec, model: nn.Sequential, images: Tensor) -> Tensor:
-    """``[N, B, K]`` of networks ``[N, P]`` for ``[B, C, H, W]``, or ``[N, B, C, H, W]`` one by one."""
-    n, weights = len(flat), spec.unflatten(flat)
-    h = images if images.dim() == 5 else images.expand(n, *images.shape)
-    for name, layer in model.named_children():
-        if isinstance(layer, nn.Linear):
-            weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
-            h = torch.baddbmm(bias[:, None], h, weight.mT)
-        elif isinstance(layer, nn.Conv2d):
-            weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
-            # Each network is a group of [B, N C, H, W].
-            h = conv2d(
-                h.transpose(0, 1).flatten(1, 2),
-                weight.flatten(0, 1),
-                bias.flatten(),
-                padding=layer.padding,
-                groups=n,
-            )
-            h = h.unflatten(1, (n, -1)).transpose(0, 1)
-        else:
-            h = layer(h.flatten(0, 1)).unflatten(0, h.shape[:2])
-    return h
+from weightops.population import population_forward, population_train
 
 
 def errors(flat: Tensor, model: nn.Sequential, images: Tensor, classes: Tensor) -> Tensor:
@@ -48,7 +21,6 @@ def accuracy(flat: Tensor, model: nn.Sequential, images: Tensor, classes: Tensor
 
 def train(
     flat: Tensor,
-    spec: WeightSpec,
     model: nn.Sequential,
     images: Tensor,
     classes: Tensor,
@@ -63,20 +35,21 @@ def train(
 
     Network n learns ``images[tasks[n]]`` ``[B, C, H, W]`` of ``classes[tasks[n]]`` ``[B]``.
     """
-    weights = flat.clone().requires_grad_()
-    optimizer = torch.optim.Adam([weights], lr=rate, fused=True)
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for step in range(max(steps) + 1):
-        if step in steps:
-            found.append(weights.detach().clone())
-        if step == max(steps):
-            break
-        rows = torch.randint(images.shape[1], (len(flat), batch), generator=generator)
-        at = tasks[:, None], rows
-        predicted = logits(weights, spec, model, images[at])
-        optimizer.zero_grad()
-        loss = cross_entropy(predicted.flatten(0, 1), classes[at].flatten(), reduction="sum")
-        (loss / batch).backward()
-        optimizer.step()
+    found = [flat.clone() for _ in steps]
+    for task in tasks.unique().tolist():
+        members = (tasks == task).nonzero()[:, 0]
+        weights, state, done = flat[members], None, 0
+        for after, step in zip(found, steps, strict=True):
+            trained = population_train(
+                *(weights, model, (images[task], classes[task])),
+                steps=step - done,
+                lr=rate,
+                weight_decay=0.0,
+                batch_size=batch,
+                seed=[seed * len(flat) + n for n in members.tolist()],
+                state=state,
+                progress=False,
+            )
+            weights, state, done = trained.flat, trained.state, step
+            after[members] = weights
     return found
