@@ -9,26 +9,15 @@ folder reproduced.
 
 from __future__ import annotations
 
-import platform
-import resource
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
-from datetime import date
-from multiprocessing import get_context
 from typing import Any
 
 import reproduction
-import torch
 from connectivity import rates, report, sequences, strong
 from connectivity.networks import Recipe
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-import weightops
-
-PROCESSES = 2
 
 
 @dataclass(frozen=True)
@@ -73,15 +62,8 @@ def seeds_of(count: int, size: int) -> list[tuple[int, ...]]:
     return [tuple(range(size * n, size * (n + 1))) for n in range(count)]
 
 
-def cpu_seconds() -> float:
-    both = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    used = [resource.getrusage(who) for who in both]
-    return sum(each.ru_utime + each.ru_stime for each in used)
-
-
 def compare(plan: Plan, console: Console) -> report.Results:
     """Train, match and test all networks."""
-    began, used = time.perf_counter(), cpu_seconds()
     groups, pairs = seeds_of(plan.groups, 3), seeds_of(plan.pairs, 2)
     experiments: dict[str, tuple[Callable, Sequence[Recipe], list]] = {
         "three networks": (strong.compare, plan.three, groups),
@@ -90,11 +72,7 @@ def compare(plan: Plan, console: Console) -> report.Results:
         "learning rates": (rates.compare, plan.rates, pairs),
     }
     found: dict[str, dict[Recipe, list]] = {}
-    columns = (TextColumn("{task.description:45}"), BarColumn(), TimeElapsedColumn())
-    with (
-        Progress(*columns, console=console) as progress,
-        ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool,
-    ):
+    with reproduction.workers(console) as (pool, progress, facts):
         bars = {}
         for name, (run, recipes, all_seeds) in experiments.items():
             bar = progress.add_task(name, total=len(recipes) * len(all_seeds))
@@ -112,12 +90,7 @@ def compare(plan: Plan, console: Console) -> report.Results:
         return [future.result() for future in found[name][recipe]]
 
     return {
-        "date": date.today().isoformat(),
-        "machine": f"{platform.system()} {platform.machine()}, {PROCESSES} processes of one thread",
-        "torch": torch.__version__,
-        "weightops": weightops.__version__,
-        "seconds": round(time.perf_counter() - began),
-        "cpu_seconds": round(cpu_seconds() - used),
+        **facts,
         "widths": {str(recipe.width): of("three networks", recipe) for recipe in plan.three},
         "trajectories": {
             "shares": list(sequences.SHARES),

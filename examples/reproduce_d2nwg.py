@@ -8,24 +8,13 @@ tables and curves, in the folder reproduced.
 
 from __future__ import annotations
 
-import platform
-import resource
-import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from datetime import date
-from multiprocessing import get_context
+from concurrent.futures import as_completed
 
 import reproduction
-import torch
 from generation import experiment, report
 from generation.experiment import Recipe
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-import weightops
-
-PROCESSES = 2
 
 FULL = (
     Recipe("rotations"),
@@ -38,32 +27,16 @@ FULL = (
 QUICK = (Recipe("rotations", networks=6, trained=200, steps=(250, 80, 800), generated=8),)
 
 
-def cpu_seconds() -> float:
-    both = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    used = [resource.getrusage(who) for who in both]
-    return sum(each.ru_utime + each.ru_stime for each in used)
-
-
 def compare(recipes: Sequence[Recipe], console: Console) -> report.Results:
     """Run all experiments, two at a time."""
-    began, used = time.perf_counter(), cpu_seconds()
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with (
-        Progress(*columns, console=console) as progress,
-        ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool,
-    ):
+    with reproduction.workers(console) as (pool, progress, facts):
         bar = progress.add_task("zoos and generators", total=len(recipes))
         running = {recipe.name: pool.submit(experiment.compare, recipe) for recipe in recipes}
         for future in as_completed(running.values()):
             future.result()
             progress.advance(bar)
     return {
-        "date": date.today().isoformat(),
-        "machine": f"{platform.system()} {platform.machine()}, {PROCESSES} processes of one thread",
-        "torch": torch.__version__,
-        "weightops": weightops.__version__,
-        "seconds": round(time.perf_counter() - began),
-        "cpu_seconds": round(cpu_seconds() - used),
+        **facts,
         "fine-tuning steps": list(experiment.FINE_TUNED),
         "zoos": {name: future.result() for name, future in running.items()},
     }

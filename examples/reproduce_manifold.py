@@ -9,43 +9,22 @@ folder reproduced.
 
 from __future__ import annotations
 
-import platform
-import resource
-import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from datetime import date
-from multiprocessing import get_context
+from concurrent.futures import as_completed
 
 import reproduction
-import torch
 from manifold import report
 from manifold.training import COMPARISONS, run
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-import weightops
-
-PROCESSES = 2
 QUICK = ("rotation, an arc held out", "noise", "denoising")
-
-
-def cpu_seconds() -> float:
-    both = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    used = [resource.getrusage(who) for who in both]
-    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def compare(quick: bool, console: Console) -> report.Results:
     """Train and test all methods with all seeds."""
     seeds, steps = (1, 150) if quick else (3, 1200)
     chosen = [(task, methods) for task, methods in COMPARISONS if not quick or task.name in QUICK]
-    began, used = time.perf_counter(), cpu_seconds()
     found, futures = {}, {}
-    columns = (TextColumn("{task.description:45}"), BarColumn(), TimeElapsedColumn())
-    with (
-        Progress(*columns, console=console) as progress,
-        ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool,
-    ):
+    with reproduction.workers(console) as (pool, progress, facts):
         for task, methods in chosen:
             bar = progress.add_task(f"{task.name}, {len(methods)} networks", total=seeds)
             for seed in range(seeds):
@@ -55,12 +34,7 @@ def compare(quick: bool, console: Console) -> report.Results:
             found[task.name, seed] = future.result()
             progress.advance(bar)
     return {
-        "date": date.today().isoformat(),
-        "machine": f"{platform.system()} {platform.machine()}, {PROCESSES} processes of one thread",
-        "torch": torch.__version__,
-        "weightops": weightops.__version__,
-        "seconds": round(time.perf_counter() - began),
-        "cpu_seconds": round(cpu_seconds() - used),
+        **facts,
         "steps": steps,
         "tasks": {
             task.name: {

@@ -4,18 +4,58 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+import platform
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
+
+import weightops
 
 Results = dict[str, Any]
 #: title -> rows of a table, its head first
 Tables = Mapping[str, Sequence[Sequence[str]]]
+
+
+PROCESSES = 2
+
+
+@contextmanager
+def workers(console: Console) -> Iterator[tuple[ProcessPoolExecutor, Progress, Results]]:
+    """Processes of one thread, bars for their work, and facts of the run, whole when all is done."""
+    columns = (TextColumn("{task.description:45}"), BarColumn(), TimeElapsedColumn())
+    began, used, facts = time.perf_counter(), _cpu_seconds(), {}
+    with (
+        Progress(*columns, console=console) as progress,
+        ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool,
+    ):
+        yield pool, progress, facts
+    facts |= {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.system()} {platform.machine()}, {PROCESSES} processes of one thread",
+        "torch": torch.__version__,
+        "weightops": weightops.__version__,
+        "seconds": round(time.perf_counter() - began),
+        "cpu_seconds": round(_cpu_seconds() - used),
+    }
+
+
+def _cpu_seconds() -> float:
+    both = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    used = [resource.getrusage(who) for who in both]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from math import prod
 from weakref import WeakKeyDictionary
 
@@ -149,9 +148,6 @@ def _of_module(where: str, model: nn.Module, flat: Tensor, x: Tensor) -> Runner:
 
 def _trace(where: str, model: nn.Module, flat: Tensor, x: Tensor) -> Runner:
     weights = read_weights(model)
-    sizes = {name: prod(shape) for name, shape in weights.shapes.items()}
-    *starts, numel = accumulate(sizes.values(), initial=0)
-    offsets = dict(zip(sizes, starts, strict=True))
     device = next((each.device for each in model.state_dict().values()), x.device)
     fallback: Runner | None = None
     faults: list[ValueError] = []
@@ -165,12 +161,12 @@ def _trace(where: str, model: nn.Module, flat: Tensor, x: Tensor) -> Runner:
             continue
         program = compile_or_reason(exported, weights.names)
         if isinstance(program, Program):
-            code = tuple(program.encode(offsets))
-            return Runner(numel, shared, prod(program.made), program, code)
+            code = tuple(program.encode(weights.offsets))
+            return Runner(weights.numel, shared, prod(program.made), program, code)
         if fallback is None:
-            call = _caller(model, weights, offsets)
+            call = _caller(model, weights)
             made = _outputs(where, exported)
-            fallback = Runner(numel, shared, made, reason=program, call=call)
+            fallback = Runner(weights.numel, shared, made, reason=program, call=call)
     if fallback is None:
         raise faults[0]
     return fallback
@@ -184,19 +180,7 @@ def _outputs(where: str, exported: torch.export.ExportedProgram) -> int:
     return prod(values[0].shape[1:])
 
 
-def _caller(
-    model: nn.Module, weights: Weights, offsets: dict[str, int]
-) -> Callable[[Tensor, Tensor], Tensor]:
+def _caller(model: nn.Module, weights: Weights) -> Callable[[Tensor, Tensor], Tensor]:
     """One network as a function of its row, in eval mode."""
     own = copy.deepcopy(model).eval()
-
-    def call(row: Tensor, x: Tensor) -> Tensor:
-        tensors = {
-            name: row[offsets[held] : offsets[held] + prod(weights.shapes[held])].view(
-                weights.shapes[held]
-            )
-            for name, held in weights.names.items()
-        }
-        return torch.func.functional_call(own, tensors, (x,))
-
-    return call
+    return lambda row, x: torch.func.functional_call(own, weights.views(row), (x,))

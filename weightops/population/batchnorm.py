@@ -73,10 +73,7 @@ def _estimate(model: nn.Module, row: Tensor, x: Tensor) -> Tensor:
             module.train()
             module.momentum = 1.0  # type: ignore[assignment]
     weights = read_weights(model)
-    offset, held = 0, {}
-    for name, shape in weights.shapes.items():
-        size = torch.Size(shape).numel()
-        held[name] = row[offset : offset + size].view(shape).clone()
-        offset += size
+    views = weights.views(row)
+    held = {name: views[name].clone() for name in weights.shapes}
     torch.func.functional_call(own, {name: held[of] for name, of in weights.names.items()}, (x,))
     return torch.cat([tensor.flatten() for tensor in held.values()])

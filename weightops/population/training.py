@@ -282,10 +282,9 @@ def _frozen(runner: Runner, model: WeightSpec | nn.Module) -> list[int]:
             if parameter.requires_grad and name in weights.names
         }
         held = weights.shapes.keys() - trained
-        spans, offset = {}, 0
-        for name, shape in weights.shapes.items():
-            spans[name] = offset, math.prod(shape)
-            offset += math.prod(shape)
+        spans = {
+            name: (at, math.prod(weights.shapes[name])) for name, at in weights.offsets.items()
+        }
     return [
         bound for name, (at, size) in spans.items() if name in held for bound in (at, at + size)
     ]

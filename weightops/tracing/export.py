@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
+from math import prod
 from typing import Any
 
 import torch
@@ -106,6 +108,26 @@ class Weights:
     names: dict[str, str]
     overlapping: dict[str, str]
     statistics: set[str]
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        """Where the tensors of ``shapes`` start in a network's row, as a spec without parts lays them out."""
+        starts = accumulate(map(prod, self.shapes.values()), initial=0)
+        return dict(zip(self.shapes, starts, strict=False))
+
+    @property
+    def numel(self) -> int:
+        """Numbers of a network's row."""
+        return sum(map(prod, self.shapes.values()))
+
+    def views(self, row: Tensor) -> dict[str, Tensor]:
+        """A network's row as tensors by every name, tied ones the same."""
+        pieces = row.split([prod(shape) for shape in self.shapes.values()])
+        held = {
+            name: piece.view(shape)
+            for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)
+        }
+        return {name: held[of] for name, of in self.names.items()}
 
 
 def read_weights(model: nn.Module) -> Weights:
