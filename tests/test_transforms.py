@@ -136,7 +136,7 @@ PACKED = torch.randn(2, TOKENS.num_tokens, 2, generator=GENERATOR, dtype=torch.f
 SMALL = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(2, 3))
 SMALL_SPEC = weightops.trace(SMALL, torch.randn(2, 1, 3, 3))
 NETWORKS = torch.randn(2, SMALL_SPEC.numel, generator=GENERATOR, dtype=torch.float64)
-SAMPLES = torch.randn(4, 1, 3, 3, generator=GENERATOR, dtype=torch.float64)
+INPUTS = torch.randn(4, 1, 3, 3, generator=GENERATOR, dtype=torch.float64)
 CLASSES = torch.tensor([0, 2, 1, 2])
 PROGRAM = SMALL_SPEC._cache["program"].encode(SMALL_SPEC.offsets)
 
@@ -332,20 +332,20 @@ CASES = {
         "token_unpack",
     ),
     "population": Case(
-        lambda x: population_op.population_logits(x, SAMPLES, PROGRAM, True),
-        lambda x: population_op.reference.population_logits(x, SAMPLES, PROGRAM, True),
+        lambda x: population_op.population_logits(x, INPUTS, PROGRAM, True),
+        lambda x: population_op.reference.population_logits(x, INPUTS, PROGRAM, True),
         NETWORKS,
         "population_logits",
     ),
     "population-samples": Case(
         lambda x: population_op.population_logits(NETWORKS, x, PROGRAM, True),
         lambda x: population_op.reference.population_logits(NETWORKS, x, PROGRAM, True),
-        SAMPLES,
+        INPUTS,
         "population_logits",
     ),
     "population-loss": Case(
-        lambda x: training.population_loss(x, SAMPLES, CLASSES, PROGRAM, True),
-        lambda x: training_reference.losses(x, SAMPLES, CLASSES, PROGRAM, True),
+        lambda x: training.population_loss(x, INPUTS, CLASSES, PROGRAM, True),
+        lambda x: training_reference.losses(x, INPUTS, CLASSES, PROGRAM, True),
         NETWORKS,
         "population_loss",
     ),
