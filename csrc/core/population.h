@@ -3,10 +3,9 @@
 #pragma once
 
 #include <functional>
-#include <optional>
 
-#include "buffer.h"
-#include "population_schedule.h"
+#include "population_dense.h"
+#include "population_engine.h"
 
 namespace weightops::population {
 
@@ -30,59 +29,10 @@ struct Task {
 // Calls f on ranges that make up [0, count), on several threads.
 using Team = std::function<void(int64_t count, const std::function<void(int64_t, int64_t)>& f)>;
 
-// Blocks of samples that are laid out together, and a block's values.
-constexpr int64_t kSpanBytes = 1 << 19, kRoomBytes = 1 << 20;
+// Blocks of samples that are laid out together.
+constexpr int64_t kSpanBytes = 1 << 19;
 // Packed weights of the networks that run before the next ones are packed.
 constexpr int64_t kWaveBytes = 1 << 25;
-
-// How the work is cut: blocks of samples, of which a thread lays out a span before the networks run
-// on it one after the other, each on all of it.
-template <class Arithmetic>
-struct Cut {
-  int64_t width, blocks, span, spans, wave;
-
-  template <class Number>
-  Cut(const Task<Number>& task, const Schedule& schedule) {
-    // Of convolutions a single vector fills the registers, with several pixels.
-    const bool flat = std::all_of(task.plan.layers.begin(), task.plan.layers.end(),
-                                  [](const Layer& layer) { return layer.made.pixels() == 1; });
-    const int64_t most = Tile<Arithmetic::bytes>::columns(Tile<Arithmetic::bytes>::outputs);
-    const auto fitting = [](int64_t bytes, int64_t numbers) {
-      return std::max<int64_t>(1,
-                               bytes / (int64_t(sizeof(Number)) * std::max<int64_t>(1, numbers)));
-    };
-    const int64_t wide =
-        flat ? std::min(most, fitting(kRoomBytes, Arithmetic::lanes * schedule.room)) : 1;
-    const int64_t vectors = (task.samples + Arithmetic::lanes - 1) / Arithmetic::lanes;
-    blocks = (vectors + wide - 1) / wide;
-    width = (vectors + blocks - 1) / blocks * Arithmetic::lanes;
-    blocks = (task.samples + width - 1) / width;
-    span = std::min(blocks, fitting(kSpanBytes, width * task.plan.taken));
-    spans = (blocks + span - 1) / span;
-    wave = std::min(task.networks, fitting(kWaveBytes, schedule.packed));
-  }
-};
-
-// rows[image * size + i] -> columns[i * width + image]; images that are not there repeat the last.
-template <class Arithmetic, class Number = typename Arithmetic::Number>
-WEIGHTOPS_INLINE void lay_out(const Number* rows, int64_t images, int64_t size, int64_t width,
-                              Number* columns) {
-  constexpr int lanes = Arithmetic::lanes;
-  for (int64_t image = 0; image < width; image += lanes) {
-    const Number* from[lanes];
-    for (int64_t k = 0; k < lanes; ++k) from[k] = rows + std::min(image + k, images - 1) * size;
-    int64_t i = 0;
-    for (; i + lanes <= size; i += lanes) {
-      typename Arithmetic::Vector square[lanes];
-      for (int k = 0; k < lanes; ++k) square[k] = Arithmetic::load(from[k] + i);
-      Arithmetic::transpose(square);
-      for (int k = 0; k < lanes; ++k)
-        Arithmetic::store(columns + (i + k) * width + image, square[k]);
-    }
-    for (; i < size; ++i)
-      for (int64_t k = 0; k < lanes; ++k) columns[i * width + image + k] = from[k][i];
-  }
-}
 
 // What one network's logits[output * width + image] of a block come to.
 template <class Arithmetic>
@@ -91,34 +41,6 @@ struct Reduction {
   using Vector = typename Arithmetic::Vector;
   const Number* logits;
   int64_t outputs, width, images;
-
-  WEIGHTOPS_INLINE void write(Number* to) const {
-    constexpr int lanes = Arithmetic::lanes;
-    for (int64_t image = 0; image < images; image += lanes) {
-      const int64_t rows = std::min<int64_t>(lanes, images - image);
-      for (int64_t k = 0; k < outputs; k += lanes) {
-        const int64_t columns = std::min<int64_t>(lanes, outputs - k);
-        Vector square[lanes];
-        for (int i = 0; i < lanes; ++i)
-          square[i] =
-              Arithmetic::load(logits + (k + std::min<int64_t>(i, columns - 1)) * width + image);
-        Arithmetic::transpose(square);
-        for (int64_t i = 0; i < rows; ++i) {
-          Number* row = to + (image + i) * outputs + k;
-          // What is written too much belongs to the next row, and is overwritten by that.
-          const bool fits = columns == lanes ||
-                            (outputs < lanes && (image + i) * outputs + lanes <= images * outputs);
-          if (fits) {
-            Arithmetic::store(row, square[i]);
-          } else {
-            Number tile[lanes];
-            Arithmetic::store(tile, square[i]);
-            std::copy_n(tile, columns, row);
-          }
-        }
-      }
-    }
-  }
 
   // The sum over images of the negative logarithms of what softmax gives the classes.
   WEIGHTOPS_INLINE double cross_entropy(const int64_t* classes) const {
@@ -183,109 +105,98 @@ struct Reduction {
   }
 };
 
-template <class T, int which>
-T* room_of(int64_t count) {
-  static thread_local Buffer<T> own;
-  return own.get(count);
-}
-
-// One task on all threads.
-template <class Arithmetic>
+// One task on all threads. The engine runs a network on a block of samples: it packs what networks
+// have, prepares what blocks have, and makes logits of both, as rows or as columns.
+template <class Engine>
 class Run {
-  using Number = typename Arithmetic::Number;
+  using Arithmetic = typename Engine::Arithmetic;
+  using Number = typename Engine::Number;
 
  public:
   explicit Run(const Task<Number>& task)
       : task_(task),
-        schedule_(task.plan),
-        cut_(task, schedule_),
-        products_(schedule_.steps.size()),
-        sums_(task.reduce == Reduce::logits ? 1 : task.networks * cut_.blocks) {
-    for (size_t s = 0; s < products_.size(); ++s) {
-      const Layer& layer = layer_of(s);
-      if (packed_size(layer) > 0) products_[s].emplace(layer, cut_.width);
-      working_ = std::max(working_, workspace_size(layer, cut_.width));
-    }
-  }
+        engine_(task.plan, task.samples),
+        packed_(line_up<Number>(engine_.packed_size())),
+        block_(line_up<Number>(engine_.block_size())),
+        blocks_((task.samples + engine_.width() - 1) / engine_.width()),
+        span_(std::clamp<int64_t>(kSpanBytes / (sizeof(Number) * block_), 1, blocks_)),
+        spans_((blocks_ + span_ - 1) / span_),
+        sums_(task.reduce == Reduce::logits ? 1 : task.networks * blocks_) {}
 
   void run(const Team& team) {
-    Number* packed = room_of<Number, 0>(cut_.wave * schedule_.packed);
-    for (int64_t first = 0; first < task_.networks; first += cut_.wave) {
-      const int64_t networks = std::min(cut_.wave, task_.networks - first);
-      team(networks, [&](int64_t begin, int64_t end) {
-        for (int64_t n = begin; n < end; ++n)
-          for (size_t s = 0; s < products_.size(); ++s)
-            pack_layer<Arithmetic>(layer_of(s), row_of(first + n),
-                                   packed + n * schedule_.packed + schedule_.steps[s].packed);
-      });
-      team(networks * cut_.spans, [&](int64_t begin, int64_t end) {
-        int64_t ready = -1;
-        for (int64_t item = begin; item < end; ++item) {
-          // Networks on the same samples follow each other.
-          const bool own = task_.x_stride > 0;
-          const int64_t n = own ? item / cut_.spans : item % networks;
-          const int64_t span = own ? item % cut_.spans : item / networks;
-          const bool fresh = own || span != ready;
-          run_span(first + n, span, fresh, packed + n * schedule_.packed);
-          ready = span;
-        }
-      });
-    }
+    if (spans_ == 1 || task_.x_stride > 0)
+      run_by_network(team);
+    else
+      run_by_span(team);
     finish();
   }
 
  private:
-  const Layer& layer_of(size_t step) const {
-    return task_.plan.layers[schedule_.steps[step].layer];
-  }
   const Number* row_of(int64_t network) const { return task_.flat + network * task_.flat_stride; }
 
-  void run_span(int64_t network, int64_t span, bool fresh, const Number* packed) {
-    const int64_t width = cut_.width, size = task_.plan.taken * width;
-    Number* laid = room_of<Number, 1>(cut_.span * size);
-    const int64_t first = span * cut_.span, last = std::min(first + cut_.span, cut_.blocks);
-    for (int64_t b = first; b < last; ++b) {
-      const int64_t sample = b * width, images = std::min(width, task_.samples - sample);
-      Number* block = laid + (b - first) * size;
-      if (fresh) {
-        const Number* x = task_.x + network * task_.x_stride + sample * task_.plan.taken;
-        enter<Arithmetic::bytes>([&]() __attribute__((always_inline)) {
-          lay_out<Arithmetic>(x, images, task_.plan.taken, width, block);
-        });
+  // A network's spans follow each other.
+  void run_by_network(const Team& team) {
+    team(task_.networks * spans_, [&](int64_t begin, int64_t end) {
+      Number* packed = room_of<Number, 0>(packed_);
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t network = item / spans_, span = item % spans_;
+        if (item == begin || span == 0) engine_.pack(row_of(network), packed);
+        run_span(network, span, item == begin || task_.x_stride > 0, packed);
       }
-      const Number* logits = run_layers(row_of(network), packed, block);
-      enter<Arithmetic::bytes>([&]() __attribute__((always_inline)) {
-        reduce({logits, task_.plan.outputs(), width, images}, network, b);
+    });
+  }
+
+  // Networks on the same span follow each other.
+  void run_by_span(const Team& team) {
+    const int64_t wave = std::clamp<int64_t>(
+        kWaveBytes / (sizeof(Number) * std::max<int64_t>(1, packed_)), 1, task_.networks);
+    Number* packed = room_of<Number, 0>(wave * packed_);
+    for (int64_t first = 0; first < task_.networks; first += wave) {
+      const int64_t networks = std::min(wave, task_.networks - first);
+      team(networks, [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; ++n) engine_.pack(row_of(first + n), packed + n * packed_);
+      });
+      team(networks * spans_, [&](int64_t begin, int64_t end) {
+        int64_t ready = -1;
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t n = item % networks, span = item / networks;
+          run_span(first + n, span, span != ready, packed + n * packed_);
+          ready = span;
+        }
       });
     }
   }
 
-  const Number* run_layers(const Number* row, const Number* packed, const Number* block) const {
-    const int64_t width = cut_.width;
-    Number* room = room_of<Number, 2>(schedule_.room * width);
-    Number* workspace = room_of<Number, 3>(working_);
-    const auto at = [&](int64_t place) { return place < 0 ? block : room + place * width; };
-    for (size_t s = 0; s < products_.size(); ++s) {
-      const auto& step = schedule_.steps[s];
-      const Number* inputs[] = {at(step.inputs[0]), at(step.inputs[1])};
-      Number* out = room + step.out * width;
-      if (products_[s])
-        products_[s]->run(row, packed + step.packed, inputs[0], out, workspace, step.rectify);
-      else
-        forward_layer<Arithmetic>(layer_of(s), row, packed, inputs, out, width, workspace);
+  void run_span(int64_t network, int64_t span, bool fresh, const Number* packed) {
+    const int64_t width = engine_.width(), outputs = task_.plan.outputs();
+    const Number* row = row_of(network);
+    Number* prepared = room_of<Number, 1>(span_ * block_);
+    const int64_t first = span * span_, last = std::min(first + span_, blocks_);
+    for (int64_t b = first; b < last; ++b) {
+      const int64_t sample = b * width, images = std::min(width, task_.samples - sample);
+      const int64_t at = network * task_.samples + sample;
+      Number* block = prepared + (b - first) * block_;
+      if (fresh)
+        engine_.prepare(task_.x + network * task_.x_stride + sample * task_.plan.taken, images,
+                        block);
+      if (task_.reduce == Reduce::logits) {
+        engine_.logits(row, packed, block, images, task_.out + at * outputs);
+        continue;
+      }
+      const Number* logits = engine_.columns(row, packed, block, images);
+      enter<Arithmetic::bytes>([&]() __attribute__((always_inline)) {
+        reduce({logits, outputs, width, images}, network, b);
+      });
     }
-    return room + schedule_.steps.back().out * width;
   }
 
   WEIGHTOPS_INLINE void reduce(const Reduction<Arithmetic>& block, int64_t network, int64_t b) {
-    const int64_t sample = b * cut_.width, at = network * task_.samples + sample;
-    const int64_t target = network * task_.target_stride;
-    double& sum = sums_[task_.reduce == Reduce::logits ? 0 : network * cut_.blocks + b];
-    if (task_.reduce == Reduce::logits)
-      block.write(task_.out + at * block.outputs);
-    else if (task_.reduce != Reduce::loss)
-      sum = block.count_wrong(task_.classes + target + sample,
-                              task_.wrong ? task_.wrong + at : nullptr);
+    const int64_t sample = b * block.width, target = network * task_.target_stride;
+    double& sum = sums_[network * blocks_ + b];
+    if (task_.reduce != Reduce::loss)
+      sum =
+          block.count_wrong(task_.classes + target + sample,
+                            task_.wrong ? task_.wrong + network * task_.samples + sample : nullptr);
     else
       sum = task_.values ? block.squared_error(task_.values + target + sample * block.outputs)
                          : block.cross_entropy(task_.classes + target + sample);
@@ -297,27 +208,28 @@ class Run {
     const double count = task_.samples * (task_.values ? task_.plan.outputs() : 1);
     for (int64_t n = 0; n < task_.networks; ++n) {
       double total = 0;
-      for (int64_t b = 0; b < cut_.blocks; ++b) total += sums_[n * cut_.blocks + b];
+      for (int64_t b = 0; b < blocks_; ++b) total += sums_[n * blocks_ + b];
       task_.out[n] = task_.reduce == Reduce::accuracy ? 1 - total / count : total / count;
     }
   }
 
   const Task<Number>& task_;
-  Schedule schedule_;
-  Cut<Arithmetic> cut_;
-  std::vector<std::optional<Products<Arithmetic>>> products_;
+  Engine engine_;
+  int64_t packed_, block_;  // numbers of a network, and of a block of samples
+  int64_t blocks_, span_, spans_;
   std::vector<double> sums_;
-  int64_t working_ = 0;
 };
 
 // Of at least one network and one sample.
 template <class Number>
 void run(const Task<Number>& task, const Team& team) {
 #if WEIGHTOPS_X86
-  if (isa() == Isa::avx512) return Run<Simd<Number, 64>>(task).run(team);
-  if (isa() == Isa::avx2) return Run<Simd<Number, 32>>(task).run(team);
+  if constexpr (std::is_same_v<Number, float>)
+    if (DenseTiles::takes(task.plan, task.samples)) return Run<DenseTiles>(task).run(team);
+  if (isa() == Isa::avx512) return Run<LayerByLayer<Simd<Number, 64>>>(task).run(team);
+  if (isa() == Isa::avx2) return Run<LayerByLayer<Simd<Number, 32>>>(task).run(team);
 #endif
-  Run<Simd<Number, 16>>(task).run(team);
+  Run<LayerByLayer<Simd<Number, 16>>>(task).run(team);
 }
 
 }  // namespace weightops::population

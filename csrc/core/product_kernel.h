@@ -192,6 +192,12 @@ struct Bfloat16Tiles {
     store_row(to, load(rest), load(rest + 16));
   }
 
+  // 32 values that are at hand, from a depth on that begins a slice.
+  static WEIGHTOPS_INLINE void pack_row(Packed* block, int64_t r, int64_t d, const Vector& first,
+                                        const Vector& second) {
+    store_row(block + d / 32 * kStep + r * 32, Bits(first), Bits(second));
+  }
+
   static WEIGHTOPS_INLINE void pack_columns(Packed* panel, int64_t d, const Sum* first,
                                             const Sum* second) {
     for (int half = 0; half < 2; ++half)
@@ -253,6 +259,38 @@ struct Bfloat16Tiles {
     for (int64_t s = 0; s < number; ++s)
       slice_of(rows + slices[s].rows, row_way, columns + slices[s].columns, column_way, meanwhile);
     store(tile);
+  }
+
+  // Two blocks of rows that follow each other by the first half of a panel: tile[64][16]. One block
+  // alone would have each product wait for the one before.
+  template <class Meanwhile>
+  static WEIGHTOPS_INLINE void multiply_narrow(const Packed* rows, const Packed* panel,
+                                               int64_t depth, Meanwhile& meanwhile, Sum* tile) {
+    static_assert(Parts == 3);
+    constexpr int kRowPart[] = {2, 1, 1, 0, 0, 0}, kColumnPart[] = {0, 0, 1, 1, 2, 0};
+    const int64_t next = block(depth);
+    clear();
+    for (const Packed* end = rows + next; rows != end; rows += kStep, panel += kStep)
+#pragma GCC unroll 6
+      for (int k = 0; k < 6; ++k) {
+        const Packed *a = rows + kRowPart[k] * 2 * kTile, *b = panel + kColumnPart[k] * 2 * kTile;
+        constexpr int64_t stride = 64;
+        asm volatile(
+            "tileloadd (%2,%3), %%tmm6\n"
+            "tileloadd (%0,%3), %%tmm4\n tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n"
+            "tileloadd 1024(%0,%3), %%tmm5\n tdpbf16ps %%tmm6, %%tmm5, %%tmm1\n"
+            "tileloadd (%1,%3), %%tmm7\n tdpbf16ps %%tmm6, %%tmm7, %%tmm2\n"
+            "tileloadd 1024(%1,%3), %%tmm4\n tdpbf16ps %%tmm6, %%tmm4, %%tmm3" ::"r"(a),
+            "r"(a + next), "r"(b), "r"(stride)
+            : "memory");
+        meanwhile.step(k, 6);
+      }
+    constexpr int64_t stride = 64;
+    asm volatile(
+        "tilestored %%tmm0, (%0,%1)\n tilestored %%tmm1, 1024(%0,%1)\n"
+        "tilestored %%tmm2, 2048(%0,%1)\n tilestored %%tmm3, 3072(%0,%1)" ::"r"(tile),
+        "r"(stride)
+        : "memory");
   }
 
  private:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,21 @@ def mlp(inside: int = 12, hidden: int = 20, outputs: int = 5) -> tuple[Program, 
     return Program((inside,), made), sizes
 
 
+def chain(*widths: int, kind: str | None = "relu") -> tuple[Program, dict[str, int]]:
+    """Linear layers, every second one without a bias, with an activation between or without."""
+    made: list[Layer] = []
+    sizes: dict[str, int] = {}
+    for n, (inside, outside) in enumerate(pairwise(widths)):
+        if n > 0 and kind is not None:
+            made.append(Layer(kind, (len(made),), (inside,), (inside,)))
+        names = f"w{n}", f"b{n}" if n % 2 == 0 else None
+        made.append(Layer("linear", (len(made),), (inside,), (outside,), names))
+        sizes |= {f"w{n}": inside * outside}
+        if n % 2 == 0:
+            sizes |= {f"b{n}": outside}
+    return Program((widths[0],), tuple(made)), sizes
+
+
 def encode(program: Program, sizes: dict[str, int]) -> tuple[list[int], int]:
     offsets, at = {}, 3
     for name, size in sizes.items():
@@ -171,6 +187,41 @@ def test_blocks_and_their_tails_on_shared_and_own_samples(make, samples, dtype) 
         x = torch.randn(*(() if shared else (5,)), samples, *program.taken).to(dtype)
         expected = reference.population_logits(flat.double(), x.double(), code, shared)
         assert_close(population_logits(flat, x, code, shared), expected)
+
+
+@pytest.mark.parametrize("kind", [None, *ACTIVATIONS])
+@pytest.mark.parametrize(
+    "widths",
+    [(64, 32, 10), (64, 32), (65, 33, 64, 17), (31, 90, 47, 1), (300, 64, 32), (32, 16, 32, 48)],
+)
+def test_chains_of_linear_layers(widths: tuple[int, ...], kind: str | None) -> None:
+    program, sizes = chain(*widths, kind=kind)
+    code, numel = encode(program, sizes)
+    flat = signed(3, numel, torch.float32)
+    for samples in (32, 33, 100, 300):
+        for shared in (True, False):
+            x = torch.randn(*(() if shared else (3,)), samples, *program.taken)
+            expected = reference.population_logits(flat.double(), x.double(), code, shared)
+            assert_close(population_logits(flat, x, code, shared), expected)
+    if widths[-1] > 1:
+        targets = torch.randint(widths[-1], (samples,))
+        for to in ("loss", "errors"):
+            made = population_eval(flat, x, targets, code, False, to)
+            logits = population_logits(flat, x, code, False)
+            found = reference.reduce(logits.double(), targets.expand(3, -1), to)
+            assert_close(made, found) if to == "loss" else torch.testing.assert_close(made, found)
+
+
+def test_what_is_not_finite_stays_with_its_sample_and_its_network() -> None:
+    program, sizes = chain(64, 32, 10)
+    code, numel = encode(program, sizes)
+    flat, x = signed(4, numel, torch.float32), torch.randn(90, 64)
+    x[40, 3], flat[2, 700] = float("nan"), float("inf")
+    made = population_logits(flat, x, code, True).isfinite()
+    assert not made[:, 40].any()
+    assert not made[2].all()
+    made[:, 40] = made[2] = True
+    assert made.all()
 
 
 @pytest.mark.parametrize("networks", [0, 1, 300])
