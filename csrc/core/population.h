@@ -313,11 +313,7 @@ class Run {
 // Of at least one network and one sample.
 template <class Number>
 void run(const Task<Number>& task, const Team& team) {
-#if WEIGHTOPS_X86
-  if (isa() == Isa::avx512) return Run<Simd<Number, 64>>(task).run(team);
-  if (isa() == Isa::avx2) return Run<Simd<Number, 32>>(task).run(team);
-#endif
-  Run<Simd<Number, 16>>(task).run(team);
+  with_arithmetic<Number>([&](auto arithmetic) { Run<decltype(arithmetic)>(task).run(team); });
 }
 
 }  // namespace weightops::population
