@@ -29,16 +29,23 @@ struct Work {
   std::vector<int64_t> norms;  // layers that go by the batch's own statistics, which cut it
   int64_t vectors, width;      // of a block
   int64_t blocks;              // whose values are kept
+  int64_t taken_blocks;        // whose inputs are kept
+  bool keeps;                  // those of all samples, for the next step or network
   int64_t sums = 0, products = 0, packed = 0, room = 0, widest = 0;
   bool reads_rows = false;  // a linear layer reads the network's input
 
-  // In `training` batch norm goes by the batch's own statistics.
-  Work(const Plan& given, int64_t most_rows, bool training) : plan(given), steps(layers()) {
+  // `whole`: the rows are all samples, always. In `training` batch norm goes by the batch's own
+  // statistics.
+  Work(const Plan& given, int64_t most_rows, bool whole, bool training)
+      : plan(given), steps(layers()) {
     find_places();
     set_width(most_rows);
     for (int64_t l = 0; training && l < layers(); ++l)
       if (plan.layers[l].kind == Kind::batch_norm) norms.push_back(l);
-    blocks = norms.empty() ? 1 : (most_rows + width - 1) / width;
+    const int64_t all = (most_rows + width - 1) / width;
+    blocks = norms.empty() ? 1 : all;
+    keeps = whole && 2 * all * width * padded(plan.taken) * int64_t(sizeof(Number)) <= kInputs;
+    taken_blocks = keeps ? all : blocks;
     find_room(most_rows);
     plan_backward();
   }
@@ -49,7 +56,7 @@ struct Work {
   static int64_t padded(int64_t count) { return (count + lanes - 1) / lanes * lanes; }
 
  private:
-  static constexpr int64_t kCache = 1 << 20;
+  static constexpr int64_t kCache = 1 << 20, kInputs = 1 << 26;
 
   std::vector<int> count_readers() const {
     std::vector<int> readers(layers() + 1, 0);

@@ -20,8 +20,8 @@ class Worker {
   static constexpr int64_t lanes = Arithmetic::lanes;
 
  public:
-  Worker(const Plan& plan, int64_t most_rows, bool training)
-      : plan_(plan), work_(plan, most_rows, training), width_(work_.width) {
+  Worker(const Plan& plan, int64_t most_rows, bool whole, bool training)
+      : plan_(plan), work_(plan, most_rows, whole, training), width_(work_.width) {
     for (int64_t l = 0; l < work_.layers(); ++l) {
       products_of_.emplace_back();
       if (work_.steps[l].packs) products_of_.back().emplace(plan.layers[l], width_);
@@ -32,12 +32,12 @@ class Worker {
     packed_.get(work_.packed);
     room_.get(work_.room);
     rows_.get(work_.widest * width_);
-    if (work_.reads_rows) input_rows_.get(work_.blocks * rows_size());
+    if (work_.reads_rows) input_rows_.get(work_.taken_blocks * value_size(0));
     values_.resize(work_.layers() + 1);
     grads_.resize(work_.layers() + 1);
     for (int64_t v = 0; v <= work_.layers(); ++v) {
       if (work_.place[v] != v) continue;
-      values_[v].get(work_.blocks * value_size(v));
+      values_[v].get((v > 0 ? work_.blocks : work_.taken_blocks) * value_size(v));
       if (v > 0) grads_[v].get(work_.blocks * value_size(v));
     }
   }
@@ -70,6 +70,7 @@ class Worker {
       backward(stages, row);
     });
     for (int64_t stage = stages - 1; stage >= 0; --stage) each_block([&] { backward(stage, row); });
+    if (work_.keeps) taken_ = samples.x;
     std::fill_n(grads, weights, Number(0));
     collect(grads);
     return loss;
@@ -82,16 +83,20 @@ class Worker {
 
  private:
   int64_t value_size(int64_t v) const { return Work<Arithmetic>::padded(plan_.numel(v)) * width_; }
-  int64_t rows_size() const { return value_size(0); }
-  Number* value(int64_t v) { return values_[work_.place[v]].get(0) + kept_ * value_size(v); }
-  Number* grad(int64_t v) {
-    return v == 0 ? nullptr : grads_[work_.place[v]].get(0) + kept_ * value_size(v);
+  int64_t kept(int64_t blocks) const { return blocks == 1 ? 0 : block_; }
+  Number* value(int64_t v) {
+    const int64_t blocks = v > 0 ? work_.blocks : work_.taken_blocks;
+    return values_[work_.place[v]].get(0) + kept(blocks) * value_size(v);
   }
+  Number* grad(int64_t v) {
+    return v == 0 ? nullptr : grads_[work_.place[v]].get(0) + kept(work_.blocks) * value_size(v);
+  }
+  Number* input_rows() { return input_rows_.get(0) + kept(work_.taken_blocks) * value_size(0); }
 
   // Makes [begin, begin + width) the block that all else is about.
   void select(const int64_t* picked, int64_t begin, int64_t count) {
     here_ = std::min(width_, count - begin);
-    kept_ = work_.blocks == 1 ? 0 : begin / width_;
+    block_ = begin / width_;
     for (int64_t i = 0; i < width_; ++i) {
       const int64_t at = begin + std::min(i, here_ - 1);
       indices_[i] = picked ? picked[at] : at;
@@ -103,7 +108,7 @@ class Worker {
     const int64_t features = plan_.taken, stride = Work<Arithmetic>::padded(features);
     enter<Arithmetic::bytes>([&]() __attribute__((always_inline)) {
       Number* to = value(0);
-      Number* kept = work_.reads_rows ? input_rows_.get(0) + kept_ * rows_size() : nullptr;
+      Number* rows = work_.reads_rows ? input_rows() : nullptr;
       for (int64_t image = 0; image < width_; image += lanes)
         for (int64_t f = 0; f < features; f += lanes) {
           Vector tile[lanes];
@@ -116,7 +121,7 @@ class Worker {
               std::copy_n(from, features - f, tail);
               tile[i] = Arithmetic::load(tail);
             }
-            if (kept) Arithmetic::store(kept + (image + i) * stride + f, tile[i]);
+            if (rows) Arithmetic::store(rows + (image + i) * stride + f, tile[i]);
           }
           Arithmetic::transpose(tile);
           for (int64_t i = 0; i < std::min(lanes, features - f); ++i)
@@ -133,7 +138,7 @@ class Worker {
 
   void forward(int64_t stage, const Number* row, const Samples<Number>& samples) {
     if (stage == 0) {
-      take(samples);
+      if (taken_ == nullptr || taken_ != samples.x) take(samples);
     } else {
       const int64_t l = work_.norms[stage - 1];
       norms_[stage - 1].forward(row, value(plan_.layers[l].inputs[0]), value(l + 1), width_);
@@ -226,7 +231,7 @@ class Worker {
     const int64_t inputs = layer.taken.numel(), stride = Work<Arithmetic>::padded(inputs);
     const Number* rows = nullptr;
     if (layer.inputs[0] == 0) {
-      rows = input_rows_.get(0) + kept_ * rows_size();
+      rows = input_rows();
     } else {
       Number* made = rows_.get(0);
       const Number* from = value(layer.inputs[0]);
@@ -299,8 +304,9 @@ class Worker {
   std::vector<BatchNorm<Arithmetic>> norms_;  // in the order of layers
   std::vector<Buffer<Number>> values_, grads_;
   Buffer<Number> sums_, products_, packed_, room_, rows_, input_rows_;
-  int64_t here_ = 0, kept_ = 0;  // images of the block; which of the kept ones it is
-  int64_t indices_[4 * lanes];   // rows of its images
+  int64_t block_ = 0, here_ = 0;   // which block it is, and its images
+  int64_t indices_[4 * lanes];     // rows of its images
+  const Number* taken_ = nullptr;  // samples that lie there from the last time
 };
 
 }  // namespace weightops::population

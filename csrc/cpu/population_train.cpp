@@ -62,12 +62,13 @@ struct Data {
             rows};
   }
 
-  // f(worker, network, room for gradients) of every network.
+  // f(worker, network, room for gradients) of every network; a batch of 0 is all rows.
   template <class Number, class F>
-  void each(int64_t most_rows, bool training, F&& f) const {
+  void each(int64_t batch, bool training, F&& f) const {
     with_arithmetic<Number>([&](auto arithmetic) {
       torch::stable::parallel_for(0, networks, 1, [&](int64_t begin, int64_t end) {
-        population::Worker<decltype(arithmetic)> worker(plan, most_rows, training);
+        population::Worker<decltype(arithmetic)> worker(plan, batch ? batch : rows, batch == 0,
+                                                        training);
         Buffer<Number> grads;
         grads.get(weights);
         for (int64_t network = begin; network < end; ++network) f(worker, network, grads.get(0));
@@ -81,7 +82,7 @@ void compute_grads(const Data& data, Tensor& losses, Tensor& grads) {
   auto* found = static_cast<Number*>(losses.mutable_data_ptr());
   auto* to = static_cast<Number*>(grads.mutable_data_ptr());
   const Number* flat = data.flat.const_data_ptr<Number>();
-  data.each<Number>(data.rows, false, [&](auto& worker, int64_t n, Number*) {
+  data.each<Number>(0, false, [&](auto& worker, int64_t n, Number*) {
     found[n] = worker.loss_grad(flat + n * data.weights, data.samples<Number>(n), nullptr,
                                 data.rows, data.weights, to + n * data.weights);
   });
@@ -110,7 +111,7 @@ void run_steps(const Data& data, const Tensor& batches, const Tensor& rates,
   auto* moments = static_cast<Number*>(state.mutable_data_ptr());
   auto* found = static_cast<Number*>(losses.mutable_data_ptr());
   const int64_t second = optimizer.method == population::Method::adamw ? networks : 0;
-  data.each<Number>(batch ? batch : data.rows, true, [&](auto& worker, int64_t n, Number* grads) {
+  data.each<Number>(batch, true, [&](auto& worker, int64_t n, Number* grads) {
     Job<Number> job{};
     job.flat = weights + n * data.weights;
     job.first = moments + n * data.weights;

@@ -233,7 +233,7 @@ void check_gradient(const Plan& plan, const Given<Number>& given, bool training)
   std::vector<Number> grads(given.networks * kWeights), losses(given.networks);
   weightops::with_arithmetic<Number>([&](auto arithmetic) {
     in_threads(given.networks, [&](int64_t begin, int64_t end) {
-      Worker<decltype(arithmetic)> worker(plan, given.rows, training);
+      Worker<decltype(arithmetic)> worker(plan, given.rows, true, training);
       for (int64_t n = begin; n < end; ++n)
         losses[n] = worker.loss_grad(given.flat.data() + n * kWeights, samples_of(given, n),
                                      nullptr, given.rows, kWeights, grads.data() + n * kWeights);
@@ -275,7 +275,7 @@ void check_step(const Plan& plan, const Given<Number>& given, Method method, int
   const std::vector<int64_t> trained{0, kMean, kLinear, kWeights};
   weightops::with_arithmetic<Number>([&](auto arithmetic) {
     in_threads(networks, [&](int64_t begin, int64_t end) {
-      Worker<decltype(arithmetic)> worker(plan, size, true);
+      Worker<decltype(arithmetic)> worker(plan, size, batch == 0, true);
       for (int64_t n = begin; n < end; ++n) {
         Job<Number> job{};
         job.flat = flat.data() + n * kWeights;
