@@ -226,10 +226,9 @@ void run(const Task<Number>& task, const Team& team) {
 #if WEIGHTOPS_X86
   if constexpr (std::is_same_v<Number, float>)
     if (DenseTiles::takes(task.plan, task.samples)) return Run<DenseTiles>(task).run(team);
-  if (isa() == Isa::avx512) return Run<LayerByLayer<Simd<Number, 64>>>(task).run(team);
-  if (isa() == Isa::avx2) return Run<LayerByLayer<Simd<Number, 32>>>(task).run(team);
 #endif
-  Run<LayerByLayer<Simd<Number, 16>>>(task).run(team);
+  with_arithmetic<Number>(
+      [&](auto arithmetic) { Run<LayerByLayer<decltype(arithmetic)>>(task).run(team); });
 }
 
 }  // namespace weightops::population

@@ -41,6 +41,7 @@ struct Layer {
   int64_t groups;       // of convolutions and group norm
   bool counts_padding;  // average pools
   double eps;
+  double momentum;  // of running statistics; below 0: they are means over all steps
 
   // Numbers of its weight, the largest of its tensors.
   int64_t weight_size() const {
@@ -96,8 +97,10 @@ struct Plan {
       }
       layer.groups = layer.kind == Kind::group_norm ? settings[0] : settings[8];
       layer.counts_padding = settings[8] == 1;
-      const int64_t bits = next();
-      std::memcpy(&layer.eps, &bits, sizeof bits);
+      for (double* number : {&layer.eps, &layer.momentum}) {
+        const int64_t bits = next();
+        std::memcpy(number, &bits, sizeof bits);
+      }
       plan.check_layer(layer, l, weights);
       plan.layers.push_back(layer);
     }

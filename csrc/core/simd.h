@@ -99,4 +99,14 @@ void enter(const F& f) {
   enter_generic(f);
 }
 
+// f(arithmetic) with the widest vectors that the machine has.
+template <class Number, class F>
+void with_arithmetic(F&& f) {
+#if WEIGHTOPS_X86
+  if (isa() == Isa::avx512) return f(Simd<Number, 64>{});
+  if (isa() == Isa::avx2) return f(Simd<Number, 32>{});
+#endif
+  f(Simd<Number, 16>{});
+}
+
 }  // namespace weightops

@@ -62,12 +62,13 @@ struct Data {
             rows};
   }
 
-  // f(worker, network, room for gradients) of every network.
+  // f(worker, network, room for gradients) of every network; a batch of 0 is all rows.
   template <class Number, class F>
-  void each(int64_t most_rows, F&& f) const {
-    population::with_arithmetic<Number>([&](auto arithmetic) {
+  void each(int64_t batch, bool training, F&& f) const {
+    with_arithmetic<Number>([&](auto arithmetic) {
       torch::stable::parallel_for(0, networks, 1, [&](int64_t begin, int64_t end) {
-        population::Worker<decltype(arithmetic)> worker(plan, most_rows);
+        population::Worker<decltype(arithmetic)> worker(plan, batch ? batch : rows, batch == 0,
+                                                        training);
         Buffer<Number> grads;
         grads.get(weights);
         for (int64_t network = begin; network < end; ++network) f(worker, network, grads.get(0));
@@ -81,7 +82,7 @@ void compute_grads(const Data& data, Tensor& losses, Tensor& grads) {
   auto* found = static_cast<Number*>(losses.mutable_data_ptr());
   auto* to = static_cast<Number*>(grads.mutable_data_ptr());
   const Number* flat = data.flat.const_data_ptr<Number>();
-  data.each<Number>(data.rows, [&](auto& worker, int64_t n, Number*) {
+  data.each<Number>(0, false, [&](auto& worker, int64_t n, Number*) {
     found[n] = worker.loss_grad(flat + n * data.weights, data.samples<Number>(n), nullptr,
                                 data.rows, data.weights, to + n * data.weights);
   });
@@ -110,7 +111,7 @@ void run_steps(const Data& data, const Tensor& batches, const Tensor& rates,
   auto* moments = static_cast<Number*>(state.mutable_data_ptr());
   auto* found = static_cast<Number*>(losses.mutable_data_ptr());
   const int64_t second = optimizer.method == population::Method::adamw ? networks : 0;
-  data.each<Number>(batch ? batch : data.rows, [&](auto& worker, int64_t n, Number* grads) {
+  data.each<Number>(batch, true, [&](auto& worker, int64_t n, Number* grads) {
     Job<Number> job{};
     job.flat = weights + n * data.weights;
     job.first = moments + n * data.weights;
@@ -126,6 +127,27 @@ void run_steps(const Data& data, const Tensor& batches, const Tensor& rates,
   });
 }
 
+// Begins and ends of what is optimised: neither frozen nor a running statistic.
+std::vector<int64_t> trained_ranges(const char* op, const Data& data,
+                                    const std::vector<int64_t>& frozen) {
+  std::vector<char> stays(data.weights + 1, 0);
+  STD_TORCH_CHECK(frozen.size() % 2 == 0, op, ": frozen must be pairs");
+  for (size_t i = 0; i < frozen.size(); i += 2) {
+    STD_TORCH_CHECK(frozen[i] >= 0 && frozen[i + 1] >= frozen[i] && frozen[i + 1] <= data.weights,
+                    op, ": frozen must be ranges of weights");
+    std::fill(stays.begin() + frozen[i], stays.begin() + frozen[i + 1], 1);
+  }
+  for (const auto& layer : data.plan.layers)
+    if (layer.kind == population::Kind::batch_norm)
+      for (const int64_t place : {layer.mean, layer.variance})
+        std::fill_n(stays.begin() + place, layer.taken.channels, 1);
+  stays[data.weights] = 1;
+  std::vector<int64_t> ranges;
+  for (int64_t i = 0; i <= data.weights; ++i)
+    if ((i == 0 || stays[i - 1]) != bool(stays[i])) ranges.push_back(i);
+  return ranges;
+}
+
 std::tuple<Tensor, Tensor, Tensor> population_steps(
     const Tensor& given, const Tensor& given_state, const Tensor& x, const Tensor& targets,
     const Tensor& given_batches, const Tensor& given_rates, const std::vector<int64_t>& code,
@@ -135,9 +157,6 @@ std::tuple<Tensor, Tensor, Tensor> population_steps(
   const Data data(op, given, x, targets, code, shared);
   const Tensor batches = torch::stable::contiguous(given_batches);
   const Tensor rates = torch::stable::contiguous(given_rates);
-  for (const auto& layer : data.plan.layers)
-    STD_TORCH_CHECK(layer.kind != population::Kind::batch_norm, op,
-                    ": batch norm goes by a batch's own statistics, which the kernels lack");
   STD_TORCH_CHECK(method == "adamw" || method == "sgd", op, ": optimizer must be adamw or sgd");
   const bool adamw = method == "adamw";
   STD_TORCH_CHECK(settings.size() == (adamw ? 4 : 3), op, ": settings do not fit the optimizer");
@@ -155,15 +174,11 @@ std::tuple<Tensor, Tensor, Tensor> population_steps(
   STD_TORCH_CHECK(rates.dim() == 1 && rates.size(0) == data.networks &&
                       rates.scalar_type() == ScalarType::Double,
                   op, ": rates must be float64 [N]");
-  std::vector<int64_t> trained{0};
-  STD_TORCH_CHECK(frozen.size() % 2 == 0, op, ": frozen must be pairs");
-  for (size_t i = 0; i < frozen.size(); i += 2) {
-    STD_TORCH_CHECK(
-        frozen[i] >= trained.back() && frozen[i + 1] >= frozen[i] && frozen[i + 1] <= data.weights,
-        op, ": frozen must be ranges of weights in order");
-    trained.insert(trained.end(), {frozen[i], frozen[i + 1]});
-  }
-  trained.push_back(data.weights);
+  const std::vector<int64_t> trained = trained_ranges(op, data, frozen);
+  const int64_t batch = batches.size(2) ? batches.size(2) : data.rows;
+  for (const auto& layer : data.plan.layers)
+    STD_TORCH_CHECK(layer.kind != population::Kind::batch_norm || batch * layer.taken.pixels() > 1,
+                    op, ": batch norm needs two numbers of a channel in a batch");
   population::Optimizer optimizer{
       adamw ? population::Method::adamw : population::Method::sgd, settings[0], {}};
   std::copy(settings.begin() + 1, settings.end(), optimizer.settings);

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from weightops.ops.population.program import Layer, Program
 
@@ -19,37 +20,49 @@ class Unsupported(Exception):
     """A model has a layer that no program has; the message names it."""
 
 
-def compile_graph(exported: torch.export.ExportedProgram, names: Mapping[str, str]) -> Program:
+def compile_graph(
+    exported: torch.export.ExportedProgram, model: nn.Module, names: Mapping[str, str]
+) -> Program:
     """The program of an exported model in eval mode, of one input with the samples in front.
 
     Args:
         exported: not decomposed.
+        model: what was exported.
         names: of tensors in the state dict -> the name that the flat layout has for them.
 
     Raises:
         Unsupported: a layer, or the way it is used, is in no program.
     """
-    return _Reader(exported, names).program
+    return _Reader(exported, model, names).program
 
 
 def compile_or_reason(
-    exported: torch.export.ExportedProgram, names: Mapping[str, str]
+    exported: torch.export.ExportedProgram, model: nn.Module, names: Mapping[str, str]
 ) -> Program | str:
     """The program, or what of the model is in none."""
     try:
-        return compile_graph(exported, names)
+        return compile_graph(exported, model, names)
     except Unsupported as reason:
         return str(reason)
 
 
 class _Reader:
-    def __init__(self, exported: torch.export.ExportedProgram, names: Mapping[str, str]) -> None:
+    def __init__(
+        self, exported: torch.export.ExportedProgram, model: nn.Module, names: Mapping[str, str]
+    ) -> None:
         signature = exported.graph_signature
         held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         if len(signature.user_inputs) != 1 or len(signature.user_outputs) != 1:
             raise Unsupported("more than one input or output")
         if signature.buffers_to_mutate:
             raise Unsupported("buffers that forward changes")
+        # In eval mode norms that average all steps look like those that never move.
+        self.averaged = {
+            names[f"{name}.running_mean".lstrip(".")]
+            for name, module in model.named_modules()
+            if isinstance(module, _BatchNorm) and module.momentum is None
+            if module.running_mean is not None
+        }
         self.names: dict[fx.Node, str] = {}
         self.values: dict[fx.Node, int] = {}
         self.layers: list[Layer] = []
@@ -98,6 +111,7 @@ class _Reader:
         tensors: Sequence[Any] = (),
         settings: Sequence[int] = (),
         eps: float = 0.0,
+        momentum: float | None = 0.1,
     ) -> None:
         if any(value not in self.values for value in inputs):
             raise Unsupported(f"{node.target} of constants or weights")
@@ -113,7 +127,7 @@ class _Reader:
             raise Unsupported(f"{node.target} of unequal shapes")
         shapes = self.check_shape(taken[1:]), self.check_shape(made[1:])
         values = tuple(self.values[value] for value in inputs)
-        self.layers.append(Layer(kind, values, *shapes, named, tuple(settings), eps))
+        self.layers.append(Layer(kind, values, *shapes, named, tuple(settings), eps, momentum))
 
     @staticmethod
     def check_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -202,7 +216,8 @@ def _batch_norm(
 ) -> None:  # fmt: skip
     if training or mean is None:
         raise Unsupported("batch norm by the batch's own statistics")
-    reader.add("batch_norm", node, [x], [weight, bias, mean, variance], (), eps)
+    share = None if reader.names.get(mean) in reader.averaged else momentum
+    reader.add("batch_norm", node, [x], [weight, bias, mean, variance], (), eps, share)
 
 
 def _group_norm(

@@ -159,7 +159,7 @@ def _trace(where: str, model: nn.Module, flat: Tensor, x: Tensor) -> Runner:
         except ValueError as fault:
             faults.append(fault)
             continue
-        program = compile_or_reason(exported, weights.names)
+        program = compile_or_reason(exported, model, weights.names)
         if isinstance(program, Program):
             code = tuple(program.encode(weights.offsets))
             return Runner(weights.numel, shared, prod(program.made), program, code)

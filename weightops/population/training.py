@@ -83,10 +83,11 @@ def population_train(
     """Train every network of a population, each by itself, as ``torch.optim`` would.
 
     Layers that kernels have (see :func:`population_forward`) are trained with a network's weights, gradients
-    and moments in the cache of one core for many steps; other models, and those with batch norm, by batched
-    torch. Layers are in eval mode, but for batch norm with a program, which goes by the batch's own
-    statistics; call :func:`population_batchnorm` behind the training. Buffers and parameters that don't
-    require gradients stay as they are. A network that diverges does not disturb the others.
+    and moments in the cache of one core for many steps, other models by batched torch, in eval mode. Of
+    kernels' layers batch norm goes by the batch's own statistics, and its running statistics follow with its
+    momentum as in torch (``momentum=None``: their means over all steps); :func:`population_batchnorm` replaces
+    them by those of all samples. Other buffers, and parameters that don't require gradients, stay as they
+    are. A network that diverges does not disturb the others.
 
     Args:
         flat: the networks ``[N, P]`` in the order of :meth:`WeightSpec.flatten`; not changed.
@@ -128,6 +129,7 @@ def population_train(
         _check.count(where, "batch_size", batch_size)
         if batch_size > rows:
             raise ValueError(f"{where}: batch_size is {batch_size}, but data has {rows} rows")
+    _check_norms(where, runner, batch_size or rows)
     batches = Batches(rows, batch_size, network_seeds(where, seed, networks))
     called = _probes(where, probes)
     first, moments = _begin(where, state, optimizer, flat)
@@ -158,6 +160,15 @@ def population_train(
         TrainingState(first + steps, moments),
         diverged,
     )
+
+
+def _check_norms(where: str, runner: Runner, batch: int) -> None:
+    for layer in runner.program.layers if runner.program else ():
+        if layer.kind == "batch_norm" and batch * math.prod(layer.taken[1:]) < 2:
+            raise ValueError(
+                f"{where}: batch norm ({layer.tensors[2]}) needs two numbers of a channel in a batch at least, "
+                f"but a batch has {batch} row of shape {list(layer.taken)} there"
+            )
 
 
 def _chunks(begin: int, end: int, most: int, every: int) -> Iterator[tuple[int, int]]:
@@ -237,20 +248,10 @@ def _begin(
     return state.step, state.moments
 
 
-def by_torch(runner: Runner) -> str:
-    """Why kernels don't train these networks; empty where they do."""
-    if runner.program is None:
-        return runner.reason
-    if any(layer.kind == "batch_norm" for layer in runner.program.layers):
-        return "batch norm by a batch's own statistics"
-    return ""
-
-
 def _stepper(
     runner: Runner, model: WeightSpec | nn.Module
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     frozen = _frozen(runner, model)
-    run = training_reference.population_steps if by_torch(runner) else population_steps
 
     def advance(
         flat: Tensor, moments: Tensor, x: Tensor, targets: Tensor, rows: Tensor, rates: Tensor,
@@ -261,9 +262,9 @@ def _stepper(
         if runner.call is not None:
             forward = runner.call
             return training_reference.steps(
-                lambda row, x: forward(row, x).flatten(1), *data, *options
+                lambda row, x, step: (forward(row, x).flatten(1), row), *data, *options
             )
-        return run(*data, runner.code, *options)
+        return population_steps(*data, runner.code, *options)
 
     return advance
 

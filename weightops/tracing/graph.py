@@ -145,7 +145,7 @@ def derive(
         sizes={names[atom]: size for atom, size in factors if atom is not None},
         unverified=True,
     )
-    spec._cache[PROGRAM] = compile_or_reason(exported, weights.names)
+    spec._cache[PROGRAM] = compile_or_reason(exported, model, weights.names)
     return Derivation(spec, parts, origins, walk.unknown)
 
 

@@ -41,6 +41,7 @@ class Layer:
         settings: convolutions ``(*kernel, *stride, *padding, *dilation, groups)``; pools ``(*kernel, *stride,
             *padding, *dilation, counts padding)``; ``group_norm`` ``(groups,)``.
         eps: of norms.
+        momentum: of batch norm's running statistics in training; ``None``: they are means over all steps.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class Layer:
     tensors: tuple[str | None, ...] = ()
     settings: tuple[int, ...] = ()
     eps: float = 0.0
+    momentum: float | None = 0.1
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Program:
     def encode(self, offsets: Mapping[str, int]) -> list[int]:
         """As csrc/core/population_plan.h reads it: the input's numbers, the count of layers, then per layer
         kind, two inputs, what is taken and made (channels, height, width), ``TENSORS`` offsets, ``SETTINGS`` and
-        the bits of ``eps`` as a double; -1 stands for what is not there.
+        the bits of ``eps`` and ``momentum`` as doubles; -1 stands for what is not there.
         """
         code = [prod(self.taken), len(self.layers)]
         for layer in self.layers:
@@ -78,11 +80,12 @@ class Program:
             code += [KINDS.index(layer.kind), *_fill(layer.inputs, 2)]
             code += [*_fill(layer.taken, 3, 1), *_fill(layer.made, 3, 1)]
             code += [*_fill(places, TENSORS), *_fill(layer.settings, SETTINGS)]
-            code.append(struct.unpack("<q", struct.pack("<d", layer.eps))[0])
+            momentum = -1.0 if layer.momentum is None else layer.momentum
+            code += struct.unpack("<2q", struct.pack("<2d", layer.eps, momentum))
         return code
 
 
-RECORD = 3 + 6 + TENSORS + SETTINGS + 1
+RECORD = 3 + 6 + TENSORS + SETTINGS + 2
 
 
 def _fill(values: tuple[int, ...] | list[int], size: int, value: int = -1) -> list[int]:
@@ -94,6 +97,7 @@ def _decode(code: tuple[int, ...]) -> tuple[int, list[dict]]:
     layers = []
     for at in range(2, len(code), RECORD):
         record = code[at : at + RECORD]
+        eps, momentum = struct.unpack("<2d", struct.pack("<2q", *record[-2:]))
         layers.append(
             {
                 "kind": KINDS[record[0]],
@@ -102,7 +106,8 @@ def _decode(code: tuple[int, ...]) -> tuple[int, list[dict]]:
                 "made": record[6:9],
                 "places": record[9 : 9 + TENSORS],
                 "settings": record[9 + TENSORS : 9 + TENSORS + SETTINGS],
-                "eps": struct.unpack("<d", struct.pack("<q", record[-1]))[0],
+                "eps": eps,
+                "momentum": None if momentum < 0 else momentum,
             }
         )
     return code[0], layers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -13,30 +13,39 @@ from torch.nn import functional as F
 from weightops.ops.population.program import decode
 
 
-def run(row: Tensor, x: Tensor, code: Sequence[int], training: bool = False) -> Tensor:
-    """One network: ``row [P]``, ``x [B, *taken]`` -> ``[B, *made]``, flattened to ``[B, K]``.
-
-    In ``training`` batch norm goes by the batch's own statistics.
-    """
+def run(row: Tensor, x: Tensor, code: Sequence[int]) -> Tensor:
+    """One network: ``row [P]``, ``x [B, *taken]`` -> ``[B, *made]``, flattened to ``[B, K]``."""
     _, layers = decode(code)
     values = [x]
     for layer in layers:
         taken = [values[i].reshape(len(x), *layer["taken"]) for i in layer["inputs"]]
-        values.append(apply(layer, row, *taken, training=training))
+        values.append(apply(layer, row, *taken))
     return values[-1].reshape(len(x), prod(layers[-1]["made"]))
 
 
-def estimate(row: Tensor, x: Tensor, code: Sequence[int]) -> Tensor:
-    """``row`` with the batch's own means and unbiased variances as batch norm's running statistics."""
-    row, values = row.clone(), [x]
-    for layer in decode(code)[1]:
+def run_training(
+    row: Tensor, x: Tensor, code: Sequence[int], share: Callable[[float | None], float]
+) -> tuple[Tensor, Tensor]:
+    """:func:`run` with batch norm by the batch's own statistics.
+
+    Args:
+        share: of a batch norm's momentum: how far its running statistics move towards the batch's.
+
+    Returns:
+        ``[B, K]``, and ``row`` with running statistics moved (variances unbiased).
+    """
+    _, layers = decode(code)
+    values, moved = [x], row.detach().clone()
+    for layer in layers:
         taken = [values[i].reshape(len(x), *layer["taken"]) for i in layer["inputs"]]
         if layer["kind"] == "batch_norm":
-            variance, mean = torch.var_mean(taken[0], (0, 2, 3))
+            variance, mean = torch.var_mean(taken[0].detach(), (0, 2, 3))
+            by = share(layer["momentum"])
             for place, found in zip(layer["places"][2:], (mean, variance), strict=True):
-                row[place : place + len(found)] = found
+                kept = moved[place : place + len(found)]
+                moved[place : place + len(found)] = (1 - by) * kept + by * found
         values.append(apply(layer, row, *taken, training=True))
-    return row
+    return values[-1].reshape(len(x), prod(layers[-1]["made"])), moved
 
 
 def apply(layer: dict, row: Tensor, x: Tensor, *others: Tensor, training: bool = False) -> Tensor:

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from weightops.ops.population import reference
+from weightops.ops.population.program import decode
 
-#: one network: ``(row [P], x [B, ...]) -> logits [B, K]``
-Forward = Callable[[Tensor, Tensor], Tensor]
+#: one network at a step: ``(row [P], x [B, ...], step) -> logits [B, K]``, and ``row`` with running statistics moved
+Forward = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 def loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -37,23 +38,34 @@ def losses(flat: Tensor, x: Tensor, targets: Tensor, code: Sequence[int], shared
 
 
 def loss_grad(
-    forward: Forward, flat: Tensor, x: Tensor, targets: Tensor, shared: bool
-) -> tuple[Tensor, Tensor]:
-    """Mean losses ``[N]`` and their gradients ``[N, P]``."""
+    forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    flat: Tensor,
+    x: Tensor,
+    targets: Tensor,
+    shared: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean losses ``[N]``, their gradients ``[N, P]``, and what else ``forward`` gives of each network."""
 
-    def one(row: Tensor, x: Tensor, targets: Tensor) -> Tensor:
-        return loss(forward(row, x), targets)
+    def one(row: Tensor, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits, moved = forward(row, x)
+        return loss(logits, targets), moved
 
     dims = 0, None if shared else 0, 0 if own_targets(targets) else None
-    grads, losses = torch.func.vmap(torch.func.grad_and_value(one), dims)(flat, x, targets)
-    return losses, grads
+    differentiated = torch.func.grad_and_value(one, has_aux=True)
+    grads, (losses, moved) = torch.func.vmap(differentiated, dims)(flat, x, targets)
+    return losses, grads, moved
 
 
 def population_loss_grad(
     flat: Tensor, x: Tensor, targets: Tensor, code: Sequence[int], shared: bool
 ) -> tuple[Tensor, Tensor]:
     """Mean losses ``[N]`` of networks ``[N, P]`` and their gradients ``[N, P]``, in eval mode."""
-    return loss_grad(lambda row, x: reference.run(row, x, code), flat, x, targets, shared)
+
+    def forward(row: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.run(row, x, code), row
+
+    losses, grads, _ = loss_grad(forward, flat, x, targets, shared)
+    return losses, grads
 
 
 def population_steps(
@@ -70,10 +82,22 @@ def population_steps(
     settings: Sequence[float],
     first_step: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`steps` of a program; batch norm goes by the batch's own statistics."""
+    """:func:`steps` of a program; batch norm goes by the batch's own statistics, and the running ones follow."""
+
+    def forward(row: Tensor, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        return reference.run_training(row, x, code, lambda m: 1 / step if m is None else m)
+
+    statistics = [
+        bound
+        for layer in decode(code)[1]
+        if layer["kind"] == "batch_norm"
+        for at in layer["places"][2:]
+        for bound in (at, at + layer["taken"][0])
+    ]
+    stays = [*frozen, *statistics]
     return steps(
-        lambda row, x: reference.run(row, x, code, training=True),
-        *(flat, state, x, targets, batches, rates, shared, frozen, optimizer, settings, first_step),
+        *(forward, flat, state, x, targets, batches, rates, shared, stays, optimizer, settings),
+        first_step,
     )
 
 
@@ -100,7 +124,7 @@ def steps(
             values ``[D, K]`` or ``[N, D, K]``.
         batches: rows of each step's samples, int64 ``[S, N, b]``; b = 0: all of them.
         rates: learning rates ``[N]``, float64.
-        frozen: begins and ends of ranges of P that stay as they are.
+        frozen: begins and ends of ranges of P that are not optimised.
         settings: adamw ``(weight decay, beta1, beta2, eps)``; sgd ``(weight decay, momentum, nesterov)``.
         first_step: steps made before, which adamw's bias correction counts.
 
@@ -116,13 +140,18 @@ def steps(
     rates = rates.to(flat)[:, None]
     losses = flat.new_empty(len(batches), len(flat))
     for s, rows in enumerate(batches):
+        step = first_step + s + 1
+
+        def at_step(row: Tensor, x: Tensor, step: int = step) -> tuple[Tensor, Tensor]:
+            return forward(row, x, step)
+
         if batches.shape[2]:
             taken = _take(x, rows, shared), _take(targets, rows, not own_targets(targets))
-            losses[s], grads = loss_grad(forward, flat, *taken, False)
+            losses[s], grads, moved = loss_grad(at_step, flat, *taken, False)
         else:
-            losses[s], grads = loss_grad(forward, flat, x, targets, shared)
-        new, moments = update(flat, state, grads, rates, settings, first_step + s + 1)
-        flat, state = torch.where(moves, new, flat), torch.where(moves, moments, state)
+            losses[s], grads, moved = loss_grad(at_step, flat, x, targets, shared)
+        new, moments = update(flat, state, grads, rates, settings, step)
+        flat, state = torch.where(moves, new, moved), torch.where(moves, moments, state)
     return flat.clone(), state.clone(), losses
 
 
