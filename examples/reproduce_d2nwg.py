@@ -16,9 +16,11 @@ from generation import experiment, report
 from generation.experiment import Recipe
 from rich.console import Console
 
+SEEDS = 3
 FULL = (
-    Recipe("rotations"),
-    Recipe("rotations", "CNN"),
+    *(Recipe("rotations", "CNN", seed=seed) for seed in range(SEEDS)),
+    *(Recipe("rotations", seed=seed) for seed in range(SEEDS)),
+    Recipe("rotations", "narrow CNN"),
     Recipe("rotations", start="own"),
     Recipe("rotations", start="aligned"),
     Recipe("subsets", seen=80, unseen=6, networks=4, generated=8),
@@ -31,15 +33,14 @@ def compare(recipes: Sequence[Recipe], console: Console) -> report.Results:
     """Run all experiments, two at a time."""
     with reproduction.workers(console) as (pool, progress, facts):
         bar = progress.add_task("zoos and generators", total=len(recipes))
-        running = {recipe.name: pool.submit(experiment.compare, recipe) for recipe in recipes}
-        for future in as_completed(running.values()):
+        running = [pool.submit(experiment.compare, recipe) for recipe in recipes]
+        for future in as_completed(running):
             future.result()
             progress.advance(bar)
-    return {
-        **facts,
-        "fine-tuning steps": list(experiment.FINE_TUNED),
-        "zoos": {name: future.result() for name, future in running.items()},
-    }
+    zoos: dict[str, list[experiment.Results]] = {}
+    for recipe, future in zip(recipes, running, strict=True):
+        zoos.setdefault(recipe.name, []).append(future.result())
+    return {**facts, "fine-tuning steps": list(experiment.FINE_TUNED), "zoos": zoos}
 
 
 if __name__ == "__main__":

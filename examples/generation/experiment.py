@@ -33,6 +33,7 @@ class Recipe:
         trained: steps of each network's training.
         steps: of autoencoder, alignment and diffusion.
         generated: networks generated for each task.
+        seed: of all of it but the tasks.
     """
 
     family: str
@@ -44,6 +45,7 @@ class Recipe:
     trained: int = 300
     steps: tuple[int, int, int] = (600, 150, 2500)
     generated: int = 16
+    seed: int = 0
 
     @property
     def name(self) -> str:
@@ -62,8 +64,10 @@ class Zoo:
         self.images, self.classes = self.tasks.train()
         self.task = torch.arange(recipe.seen).repeat_interleave(recipe.networks)
         shared = recipe.start == "shared"
-        self.start = initial(self.model, self.spec, 1 if shared else len(self.task), seed=0)
-        (flat,) = self.train(self.start.expand(len(self.task), -1), self.task, [recipe.trained], 0)
+        count = 1 if shared else len(self.task)
+        self.start = initial(self.model, self.spec, count, seed=recipe.seed)
+        start = self.start.expand(len(self.task), -1)
+        (flat,) = self.train(start, self.task, [recipe.trained], 2 * recipe.seed)
         if recipe.start == "aligned":
             flat = weightops.permute(flat, align.match(self.spec, flat[0], flat).perms, self.spec)
         self.flat = flat
@@ -84,11 +88,16 @@ class Zoo:
     def of(self, task: int) -> Tensor:
         return self.flat[self.task == task]
 
-    def retrieve(self, task: int) -> Tensor:
-        """The networks of the zoo by their accuracy on a task's training images, best first."""
+    def best(self, flat: Tensor, task: int, count: int) -> Tensor:
+        """Those of the networks that are best on a task's training images, best first."""
         images, classes = self.images[task], self.classes[task]
-        found = population.accuracy(self.flat, self.model, images, classes)
-        return self.flat[found.argsort(descending=True)]
+        found = population.accuracy(flat, self.model, images, classes)
+        return generate.select(flat, found, count)[0]
+
+    def halfway(self, task: int) -> Tensor:
+        """Means of the weights of two networks each, of the tasks that an unseen one lies between."""
+        before, after = self.tasks.between[task]
+        return (self.of(before) + self.of(after)) / 2
 
 
 def compare(recipe: Recipe) -> Results:
@@ -100,19 +109,24 @@ def compare(recipe: Recipe) -> Results:
     generator = WeightGenerator(zoo.spec, 64, tasks.classes, options={"encoder": {"points": 8}})
     datasets = [(each.train, each.train_classes) for each in tasks.data]
     losses = generator.fit(
-        zoo.flat, zoo.task, datasets[: recipe.seen], steps=recipe.steps, progress=False
+        zoo.flat,
+        zoo.task,
+        datasets[: recipe.seen],
+        steps=recipe.steps,
+        seed=recipe.seed,
+        progress=False,
     )
     generated = [
         generator.generate(dataset, recipe.generated, seed=n) for n, dataset in enumerate(datasets)
     ]
-    retrieved = {task: zoo.retrieve(task)[: recipe.generated] for task in tasks.unseen}
     seen, unseen = range(recipe.seen), tasks.unseen
+    retrieved = {task: zoo.best(zoo.flat, task, recipe.generated) for task in unseen}
 
     def mean(networks: Callable[[int], Tensor], where: range) -> list[float]:
         """One mean accuracy a task."""
         return [round(zoo.accuracy(networks(task), task).mean().item(), 4) for task in where]
 
-    fresh = initial(zoo.model, zoo.spec, recipe.generated, seed=1)
+    fresh = initial(zoo.model, zoo.spec, recipe.generated, seed=100 + recipe.seed)
     half = recipe.seen // 2
     return {
         "recipe": vars(recipe) | {"steps": list(recipe.steps)},
@@ -123,7 +137,9 @@ def compare(recipe: Recipe) -> Results:
             "reconstructed": mean(lambda task: generator.reconstruct(zoo.of(task)), seen),
             "generated, seen": mean(lambda task: generated[task], seen),
             "generated, unseen": mean(lambda task: generated[task], unseen),
+            "best generated": mean(lambda task: zoo.best(generated[task], task, 1), unseen),
             "retrieved": mean(lambda task: retrieved[task][:1], unseen),
+            "halfway": mean(zoo.halfway, unseen) if tasks.between else [],
             # Of rotations, the opposite one.
             "wrong task": mean(lambda task: generated[(task + half) % recipe.seen], seen),
             "random": mean(lambda task: fresh, unseen),
@@ -143,7 +159,7 @@ def fine_tuned(
 ) -> dict[str, list[float]]:
     """Accuracy on unseen tasks after each of ``FINE_TUNED`` steps, by what training starts from."""
     unseen = list(zoo.tasks.unseen)
-    count = zoo.recipe.generated
+    count, seed = zoo.recipe.generated, 2 * zoo.recipe.seed + 1
     starts = {
         "generated": [generated[task] for task in unseen],
         "retrieved": [retrieved[task] for task in unseen],
@@ -161,7 +177,7 @@ def fine_tuned(
                 .item(),
                 4,
             )
-            for flat in zoo.train(torch.cat(networks), tasks, FINE_TUNED, 1)
+            for flat in zoo.train(torch.cat(networks), tasks, FINE_TUNED, seed)
         ]
         for name, networks in starts.items()
     }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
 from math import cos, pi, sin
 
 import torch
@@ -37,12 +37,14 @@ class Tasks:
         data: the datasets.
         seen: how many a zoo is built from.
         classes: K.
+        between: of unseen tasks the two seen ones that they lie between, where tasks have an order.
     """
 
     names: tuple[str, ...]
     data: tuple[Digits, ...]
     seen: int
     classes: int
+    between: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def unseen(self) -> range:
@@ -79,7 +81,11 @@ def rotations(seen: int, unseen: int) -> Tasks:
         )
         for angle in ordered
     ]
-    return Tasks(tuple(f"{angle:g}°" for angle in ordered), tuple(data), seen, 10)
+    between = {
+        n: (ordered.index(angles[at - 1]), ordered.index(angles[(at + 1) % len(angles)]))
+        for n, at in enumerate(map(angles.index, held_out), seen)
+    }
+    return Tasks(tuple(f"{angle:g}°" for angle in ordered), tuple(data), seen, 10, between)
 
 
 def of_digits(chosen: Sequence[int]) -> Digits:
@@ -126,20 +132,24 @@ def mlp(classes: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, classes))
 
 
-def cnn(classes: int) -> nn.Sequential:
+def cnn(classes: int, channels: tuple[int, int] = (16, 32)) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1),
+        nn.Conv2d(1, channels[0], 3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),
-        nn.Conv2d(8, 16, 3, padding=1),
+        nn.Conv2d(*channels, 3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(64, classes),
+        nn.Linear(4 * channels[1], classes),
     )
 
 
-MODELS: dict[str, Callable[[int], nn.Sequential]] = {"MLP": mlp, "CNN": cnn}
+MODELS: dict[str, Callable[[int], nn.Sequential]] = {
+    "MLP": mlp,
+    "CNN": cnn,
+    "narrow CNN": partial(cnn, channels=(8, 16)),
+}
 
 
 def traced(model: nn.Sequential) -> WeightSpec:
