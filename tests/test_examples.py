@@ -223,7 +223,6 @@ def test_claims_of_the_full_generation_experiment() -> None:
     [
         ("manifold", report.tables, check_trends),
         ("connectivity", connectivity.tables, check_connectivity),
-        ("generation", generation.tables, check_generation),
     ],
 )
 def test_docs_tell_the_committed_run(name: str, tables: Callable, check: Callable) -> None:
