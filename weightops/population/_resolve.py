@@ -40,10 +40,9 @@ class Runner:
     reason: str = ""
     call: Callable[[Tensor, Tensor], Tensor] | None = None
 
-    @property
-    def by_products(self) -> bool:
-        """Whether products of many networks at once are faster than the kernel: layers are large."""
-        return self.program is not None and is_large(self.program)
+    def by_products(self, device: torch.device) -> bool:
+        """Whether products of many networks at once are faster than the CPU's kernel: layers are large."""
+        return self.program is not None and device.type == "cpu" and is_large(self.program)
 
     def products(self, flat: Tensor, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Groups of networks: which ones, and their outputs ``[n, B, K]``."""
@@ -52,7 +51,7 @@ class Runner:
 
     def logits(self, flat: Tensor, x: Tensor) -> Tensor:
         """``[N, B, K]``, differentiable."""
-        if self.by_products and len(flat):
+        if self.by_products(flat.device) and len(flat):
             return torch.cat([made for _, made in self.products(flat, x)])
         if self.program is not None:
             return population_logits(flat, x, self.code, self.shared)
@@ -112,10 +111,14 @@ def explain(spec_or_model: WeightSpec | nn.Module, x: Tensor) -> str:
     )
     if runner.program is None:
         return f"torch.func: networks are mapped one by one, since no kernel has {runner.reason}"
-    if runner.by_products:
+    if runner.by_products(x.device):
         return f"products of many networks at once: a linear layer has {LARGE:,} weights or more"
     kinds = ", ".join(layer.kind.replace("_", " ") for layer in runner.program.layers)
-    kernel = "C++" if _load.has_kernel("population_logits", x.device.type) else "plain torch"
+    kernel = (
+        "C++"
+        if _load.has_kernel("population_logits", x.device.type)
+        else "torch, batched over networks"
+    )
     return f"one call for all networks ({kernel}): {kinds}"
 
 
