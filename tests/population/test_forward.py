@@ -273,7 +273,7 @@ def test_reductions(own: bool, dtype: torch.dtype) -> None:
     ):
         regresses = targets.is_floating_point()
         each = (targets.double() if regresses else targets).expand(4, *targets.shape[own:])
-        for to in ("loss",) if regresses else ("loss", "accuracy", "errors"):
+        for to in ("loss",) if regresses else ("loss", "accuracy", "scores", "errors"):
             made = population_eval(flat, x, targets, code, True, to)
             expected = reference.reduce(logits, each, to)
             if to == "errors":
@@ -327,7 +327,7 @@ def test_threads_do_not_change_a_bit() -> None:
             torch.set_num_threads(threads)
             made.append(
                 [population_logits(flat, x, code, True)]
-                + [population_eval(flat, x, targets, code, True, to) for to in ("loss", "accuracy")]
+                + [population_eval(flat, x, targets, code, True, to) for to in ("loss", "scores")]
             )
     finally:
         torch.set_num_threads(before)

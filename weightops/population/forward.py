@@ -56,6 +56,20 @@ def population_forward(
     checked = check_targets(where, runner, flat, x, targets, values=reduce == "loss")
     if reduce == "loss" and _differentiates(flat, x):
         return _losses(runner, flat, x, checked)
+    return _evaluated(runner, flat, x, checked, reduce)
+
+
+def loss_and_accuracy(
+    flat: Tensor, spec_or_model: WeightSpec | nn.Module, x: Tensor, targets: Tensor
+) -> Tensor:
+    """Mean losses and accuracies ``[N, 2]`` of one pass; not differentiable, else as :func:`population_forward`."""
+    where = "population_forward"
+    runner = resolve(where, flat, spec_or_model, x)
+    checked = check_targets(where, runner, flat, x, targets, values=False)
+    return _evaluated(runner, flat, x, checked, "scores")
+
+
+def _evaluated(runner: Runner, flat: Tensor, x: Tensor, checked: Tensor, reduce: str) -> Tensor:
     if runner.by_products(flat.device) and len(flat):
         # Reduced as they come, so that no [N, B, K] is held.
         each = reference.for_each(checked, len(flat))

@@ -61,7 +61,7 @@ def _fake_eval(
 ) -> Tensor:
     if reduce == "errors":
         return flat.new_empty(len(flat), _rows(flat, x, shared), dtype=torch.bool)
-    return flat.new_empty(len(flat))
+    return flat.new_empty(len(flat), 2) if reduce == "scores" else flat.new_empty(len(flat))
 
 
 def _eval(

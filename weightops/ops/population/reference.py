@@ -144,7 +144,10 @@ def population_logits(flat: Tensor, x: Tensor, code: Sequence[int], shared: bool
 
 def reduce(logits: Tensor, targets: Tensor, to: str) -> Tensor:
     """Logits ``[N, B, K]`` and targets (classes ``[N, B]``, or values ``[N, B, K]`` of a mean squared
-    error) -> mean losses or accuracies ``[N]``, or which predictions are wrong ``[N, B]``."""
+    error) -> mean losses or accuracies ``[N]``, or both ``[N, 2]``: ``"scores"``, or which predictions are
+    wrong ``[N, B]``."""
+    if to == "scores":
+        return torch.stack([reduce(logits, targets, each) for each in ("loss", "accuracy")], 1)
     if to == "loss":
         if targets.is_floating_point():
             return (logits - targets).square().mean((1, 2))
