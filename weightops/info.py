@@ -88,7 +88,7 @@ def manifold(x: Tensor, coeffs: Tensor, weight: Tensor, *, index: Tensor | None 
 
 
 def population(spec_or_model: WeightSpec | nn.Module, x: Tensor) -> str:
-    """What runs :func:`weightops.population.population_forward` for a model and its samples, and why.
+    """What runs :func:`weightops.population.population_forward` for a model and its samples, what trains it, and why.
 
     Args:
         spec_or_model: as for :func:`weightops.population.population_forward`.

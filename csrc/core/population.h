@@ -9,7 +9,8 @@
 
 namespace weightops::population {
 
-enum class Reduce { logits, loss, errors, accuracy };
+// Scores are loss and accuracy.
+enum class Reduce { logits, loss, errors, accuracy, scores };
 
 // Targets are classes [samples], or values [samples, outputs] of a mean squared error.
 template <class Number>
@@ -22,7 +23,7 @@ struct Task {
   const int64_t* classes;
   const Number* values;
   int64_t target_stride;
-  Number* out;  // [networks, samples, outputs], or [networks]
+  Number* out;  // [networks, samples, outputs], [networks] or, of scores, [networks, 2]
   bool* wrong;  // [networks, samples]
 };
 
@@ -121,7 +122,7 @@ class Run {
         blocks_((task.samples + engine_.width() - 1) / engine_.width()),
         span_(std::clamp<int64_t>(kSpanBytes / (sizeof(Number) * block_), 1, blocks_)),
         spans_((blocks_ + span_ - 1) / span_),
-        sums_(task.reduce == Reduce::logits ? 1 : task.networks * blocks_) {}
+        sums_(task.reduce == Reduce::logits ? 0 : task.networks * blocks_) {}
 
   void run(const Team& team) {
     if (spans_ == 1 || task_.x_stride > 0)
@@ -192,24 +193,31 @@ class Run {
 
   WEIGHTOPS_INLINE void reduce(const Reduction<Arithmetic>& block, int64_t network, int64_t b) {
     const int64_t sample = b * block.width, target = network * task_.target_stride;
-    double& sum = sums_[network * blocks_ + b];
+    Sums& sums = sums_[network * blocks_ + b];
     if (task_.reduce != Reduce::loss)
-      sum =
+      sums.wrong =
           block.count_wrong(task_.classes + target + sample,
                             task_.wrong ? task_.wrong + network * task_.samples + sample : nullptr);
-    else
-      sum = task_.values ? block.squared_error(task_.values + target + sample * block.outputs)
-                         : block.cross_entropy(task_.classes + target + sample);
+    if (losses())
+      sums.loss = task_.values ? block.squared_error(task_.values + target + sample * block.outputs)
+                               : block.cross_entropy(task_.classes + target + sample);
   }
+
+  bool losses() const { return task_.reduce == Reduce::loss || task_.reduce == Reduce::scores; }
 
   // In the order of blocks, so that threads change nothing.
   void finish() const {
-    if (task_.reduce != Reduce::loss && task_.reduce != Reduce::accuracy) return;
+    if (task_.reduce == Reduce::logits || task_.reduce == Reduce::errors) return;
     const double count = task_.samples * (task_.values ? task_.plan.outputs() : 1);
+    Number* out = task_.out;
     for (int64_t n = 0; n < task_.networks; ++n) {
-      double total = 0;
-      for (int64_t b = 0; b < blocks_; ++b) total += sums_[n * blocks_ + b];
-      task_.out[n] = task_.reduce == Reduce::accuracy ? 1 - total / count : total / count;
+      Sums total;
+      for (int64_t b = 0; b < blocks_; ++b) {
+        total.loss += sums_[n * blocks_ + b].loss;
+        total.wrong += sums_[n * blocks_ + b].wrong;
+      }
+      if (losses()) *out++ = total.loss / count;
+      if (task_.reduce != Reduce::loss) *out++ = 1 - total.wrong / count;
     }
   }
 
@@ -217,7 +225,10 @@ class Run {
   Engine engine_;
   int64_t packed_, block_;  // numbers of a network, and of a block of samples
   int64_t blocks_, span_, spans_;
-  std::vector<double> sums_;
+  struct Sums {
+    double loss = 0, wrong = 0;
+  };
+  std::vector<Sums> sums_;
 };
 
 // Of at least one network and one sample.

@@ -75,9 +75,12 @@ Tensor population_logits(const Tensor& flat, const Tensor& x, const std::vector<
 }
 
 Reduce reduce_of(const std::string& name) {
-  STD_TORCH_CHECK(name == "loss" || name == "accuracy" || name == "errors",
-                  "population_eval: reduce must be loss, accuracy or errors");
-  return name == "loss" ? Reduce::loss : name == "errors" ? Reduce::errors : Reduce::accuracy;
+  if (name == "loss") return Reduce::loss;
+  if (name == "accuracy") return Reduce::accuracy;
+  if (name == "scores") return Reduce::scores;
+  STD_TORCH_CHECK(name == "errors",
+                  "population_eval: reduce must be loss, accuracy, scores or errors");
+  return Reduce::errors;
 }
 
 Tensor population_eval(const Tensor& flat, const Tensor& x, const Tensor& targets,
@@ -103,7 +106,8 @@ Tensor population_eval(const Tensor& flat, const Tensor& x, const Tensor& target
   }
   Tensor out = reduce == Reduce::errors
                    ? torch::stable::new_empty(flat, {networks, samples}, ScalarType::Bool)
-                   : torch::stable::new_empty(flat, {networks});
+               : reduce == Reduce::scores ? torch::stable::new_empty(flat, {networks, 2})
+                                          : torch::stable::new_empty(flat, {networks});
   if (out.numel() == 0) return out;
   if (samples == 0) return torch::stable::fill_(out, std::nan(""));
   const auto run = [&](auto number) {

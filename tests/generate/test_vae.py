@@ -116,7 +116,7 @@ def test_sizes_that_do_not_fit_are_refused(options: dict, error: type, message: 
 
 def test_weights_of_another_shape_are_refused() -> None:
     whole, chunked = make("mlp"), make("mlp", chunks=3)
-    with pytest.raises(TypeError, match=r"encode: x must be a tensor \[..., D\], not list"):
+    with pytest.raises(TypeError, match=r"encode: x must be a tensor \[..., 30\], not list"):
         whole.encode([1.0])
     with pytest.raises(ValueError, match=r"encode: x must have shape \[..., 30\], not \[4, 29\]"):
         whole.encode(torch.zeros(4, 29))

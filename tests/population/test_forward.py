@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from weightops import _load
-from weightops.ops.population import Layer, Program, population_eval, population_logits, reference
+from weightops.ops.population import (
+    Layer,
+    Program,
+    grouped,
+    population_eval,
+    population_logits,
+    reference,
+    training,
+)
 
 # kind -> (name, taken, made, tensors' sizes, settings)
 CONV = {
@@ -265,7 +273,7 @@ def test_reductions(own: bool, dtype: torch.dtype) -> None:
     ):
         regresses = targets.is_floating_point()
         each = (targets.double() if regresses else targets).expand(4, *targets.shape[own:])
-        for to in ("loss",) if regresses else ("loss", "accuracy", "errors"):
+        for to in ("loss",) if regresses else ("loss", "accuracy", "scores", "errors"):
             made = population_eval(flat, x, targets, code, True, to)
             expected = reference.reduce(logits, each, to)
             if to == "errors":
@@ -319,7 +327,7 @@ def test_threads_do_not_change_a_bit() -> None:
             torch.set_num_threads(threads)
             made.append(
                 [population_logits(flat, x, code, True)]
-                + [population_eval(flat, x, targets, code, True, to) for to in ("loss", "accuracy")]
+                + [population_eval(flat, x, targets, code, True, to) for to in ("loss", "scores")]
             )
     finally:
         torch.set_num_threads(before)
@@ -389,3 +397,80 @@ def test_other_instruction_sets_pass_too(isa: str) -> None:
     )
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed" in result.stdout
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("name", [*LAYERS, "residual", "mlp"])
+def test_batched_over_networks_is_the_definition_with_its_gradients(
+    name: str, shared: bool
+) -> None:
+    program, sizes = {"residual": residual, "mlp": mlp}.get(name, lambda: LAYERS[name])()
+    code, numel = encode(program, sizes)
+    flat = (population if "batch_norm" in name else signed)(3, numel).requires_grad_()
+    x = torch.randn(*(() if shared else (3,)), 4, *program.taken).double().requires_grad_()
+    made = grouped.population_logits(flat, x, code, shared)
+    expected = reference.population_logits(flat, x, code, shared)
+    assert_close(made, expected)
+    # As the op's declaration says, of new memory.
+    assert made.is_contiguous()
+    cotangent = torch.randn_like(expected)
+    given = torch.autograd.grad(made, (flat, x), cotangent, materialize_grads=True)
+    for grad, own in zip(
+        given,
+        torch.autograd.grad(expected, (flat, x), cotangent, materialize_grads=True),
+        strict=True,
+    ):
+        assert_close(grad, own)
+
+
+def test_layers_of_shared_values_behind_the_first_are_batched_too() -> None:
+    """Pools and norms before a network's first weights, sums of what is shared with what is not."""
+    image = (4, 6, 6)
+    made = (
+        Layer("max_pool", (0,), image, image, (), (3, 3, 1, 1, 1, 1, 1, 1)),
+        Layer("group_norm", (1,), image, image, (None, None), (2,)),
+        Layer("group_norm", (2,), image, image, ("w", "b"), (2,)),
+        Layer("add", (1, 3), image, image),
+        Layer("add", (4, 2), image, image),
+        Layer("layer_norm", (1,), image, image, ("v", None)),
+        Layer("add", (6, 5), image, image),
+        Layer("conv", (1,), image, image, ("k", None), (3, 3, 1, 1, 1, 1, 1, 1, 2)),
+        Layer("add", (8, 7), image, image),
+    )
+    code, numel = encode(Program(image, made), {"w": 4, "b": 4, "v": 144, "k": 72})
+    flat, x = signed(3, numel), torch.randn(5, *image).double()
+    assert_close(
+        grouped.population_logits(flat, x, code, True),
+        reference.population_logits(flat, x, code, True),
+    )
+    code, _ = encode(Program(image, made[:2]), {})
+    assert_close(
+        grouped.population_logits(flat, x, code, True),
+        reference.population_logits(flat, x, code, True),
+    )
+
+
+@pytest.mark.parametrize("networks", [0, 3])
+@pytest.mark.parametrize("samples", [0, 3])
+def test_batched_without_networks_or_samples(networks: int, samples: int) -> None:
+    program, sizes = residual()
+    code, numel = encode(program, sizes)
+    for shared in (True, False):
+        x = torch.randn(*(() if shared else (networks,)), samples, *program.taken).double()
+        made = grouped.population_logits(signed(networks, numel), x, code, shared)
+        assert made.shape == (networks, samples, 10)
+
+
+def test_devices_without_kernels_are_batched_over_networks(monkeypatch) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError("one network at a time")
+
+    monkeypatch.setattr(reference, "run", refuse)
+    program, sizes = residual()
+    code, numel = encode(program, sizes)
+    flat = torch.empty(3, numel, device="meta", requires_grad=True)
+    x, classes = torch.empty(5, 3, 6, 5, device="meta"), torch.empty(5, dtype=int, device="meta")
+    assert population_logits.reference(flat, x, code, True).shape == (3, 5, 10)
+    assert training.population_loss.reference(flat, x, classes, code, True).shape == (3,)
+    population_logits(flat, x, code, True).sum().backward()
+    assert flat.grad.shape == flat.shape

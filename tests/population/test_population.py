@@ -153,9 +153,33 @@ def test_overlap_is_intersection_over_union() -> None:
 
 def test_info_says_what_runs_and_why() -> None:
     models, shape = population("mlp")
-    assert "linear, silu, linear" in explain(models[0], torch.randn(2, *shape).double())
+    said = explain(models[0], torch.randn(2, *shape).double())
+    assert "linear, silu, linear; trained in one call" in said
     models, shape = population("recurrent")
-    assert "torch.func" in weightops.info.population(models[0], torch.randn(2, *shape).double())
+    said = weightops.info.population(models[0], torch.randn(2, *shape).double())
+    assert "torch.func: networks are mapped one by one, in training too, since no kernel" in said
+    models, shape = population("wide")
+    said = explain(models[0], torch.randn(2, *shape).double())
+    assert said.startswith("products of many")
+    assert "; trained in one call" in said
+    models, shape = population("residual")
+    said = explain(models[0], torch.randn(2, *shape).double())
+    assert "batch norm" in said
+    assert "; trained in one call" in said
+
+
+def test_hooks_are_run_and_named_and_taken_away_again() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    x, flat = torch.randn(5, 4), torch.randn(2, 23)
+    plain = population_forward(flat, model, x)
+    handle = model[1].register_forward_hook(lambda module, args, output: 2 * output)
+    spec = weightops.trace(model, x)
+    expected = torch.stack([spec.load_(copy.deepcopy(model), row)(x) for row in flat])
+    torch.testing.assert_close(population_forward(flat, model, x), expected)
+    assert "aten.mul.Tensor (forward hooks are traced with the model: of '1')" in explain(model, x)
+    handle.remove()
+    assert torch.equal(population_forward(flat, model, x), plain)
+    assert "hooks" not in explain(model, x)
 
 
 def test_a_changed_model_is_traced_anew() -> None:
@@ -181,8 +205,18 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_a_spec_that_was_not_traced_asks_for_the_model() -> None:
     model = nn.Linear(4, 3)
     spec = weightops.WeightSpec.from_json(weightops.trace(model, torch.randn(2, 4)).to_json())
-    with pytest.raises(ValueError, match="pass the model"):
+    message = (
+        "population_forward: spec_or_model is a spec without layers, as it was not traced in this "
+        r"process; pass the model itself, or what weightops.trace\(model, x\) makes of it"
+    )
+    with pytest.raises(ValueError, match=message):
         population_forward(torch.randn(2, 15), spec, torch.randn(5, 4))
+    sigmoid = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid())
+    traced = weightops.trace(sigmoid, torch.randn(2, 4))
+    with pytest.raises(
+        ValueError, match=r"as no kernel has aten\.sigmoid\.default; pass the model"
+    ):
+        population_forward(torch.randn(2, 15), traced, torch.randn(5, 4))
 
 
 def test_no_network_and_no_sample() -> None:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import weightops
-from weightops.ops.population import training_reference
-from weightops.ops.population.training import population_loss_grad, population_steps
+from weightops.ops.population import grouped, training_reference
+from weightops.ops.population.training import population_loss_grad, population_steps, steps_by_torch
 from weightops.population import (
     TrainingState,
     population_batchnorm,
@@ -122,6 +122,36 @@ def test_gradients_are_those_of_torch(name: str, rows: int, values: bool) -> Non
         single = (t.float() if t.is_floating_point() else t for t in (flat, x, targets))
         _, grads = population_loss_grad(*single, runner.code, runner.shared)
         torch.testing.assert_close(grads.double(), expected[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("values", [False, True], ids=["classes", "values"])
+@pytest.mark.parametrize("name", ["residual", "batch norm", "layer norm", "tied"])
+def test_gradients_batched_over_networks_are_the_definitions(name: str, values: bool) -> None:
+    model, flat, shape = population(name)
+    for own in (False, True):
+        x, targets = data(shape, *([3] if own else []), 20, values=values)
+        runner = resolve("test", flat, model, x)
+        arguments = flat, x, targets, runner.code, runner.shared
+        made = grouped.population_loss_grad(*arguments)
+        expected = training_reference.population_loss_grad(*arguments)
+        torch.testing.assert_close(made, expected, rtol=1e-10, atol=1e-12)
+        # The gradients in training, and the statistics that follow.
+        made = grouped.population_train_grad(*arguments, 2)
+        expected = training_reference.population_train_grad(*arguments, 2)
+        torch.testing.assert_close(made, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_steps_batched_over_networks_are_the_definitions() -> None:
+    model, flat, shape = population("batch norm")
+    x, targets = data(shape, 30)
+    runner = resolve("test", flat, model, x)
+    batches = torch.randint(30, (4, 3, 6))
+    rates, options = torch.full((3,), 0.01).double(), ("sgd", [0.1, 0.9, 0], 0)
+    arguments = flat, flat.new_zeros(1, *flat.shape), x, targets, batches, rates
+    arguments = *arguments, runner.code, runner.shared, [], *options
+    expected = training_reference.population_steps(*arguments)
+    made = steps_by_torch(*arguments)
+    torch.testing.assert_close(made, expected, rtol=1e-9, atol=1e-11)
 
 
 OPTIMIZERS = {

@@ -27,6 +27,13 @@ OPTIONS = {
 SIZES = {"latent": 2, "condition": 3, "examples": 1, "drop": 0.1, "options": OPTIONS}
 VECTORS = torch.randn(3, 5)
 
+VAE = generate.WeightVAE(5, 4, hidden=(4, 3), chunks=2)
+ENCODER = generate.DatasetEncoder(4, 2, 3, hidden=4, heads=2, points=1)
+DIFFUSION = generate.LatentDiffusion(2, 3, width=4, blocks=1, times=40, drop=0.1)
+CHUNK, RANDOM = torch.tensor([0, 1, 0]), torch.Generator()
+LATENTS, CONDITIONS = torch.randn(3, 2), torch.randn(3, 3)
+EXAMPLES = torch.randn(3, 2, 5, 4)
+
 # The sweep's own directory, which goes when the process ends.
 _kept = tempfile.TemporaryDirectory()
 DIRECTORY = Path(_kept.name)
@@ -86,6 +93,22 @@ VALID: dict[str, tuple[Callable, dict[str, Any]]] = {
             **{"features": 4, "classes": 2, "width": 3},
             **{"hidden": 4, "heads": 2, "points": 1, "extractor": None},
         },
+    ),
+    "WeightVAE.encode": (VAE.encode, {"x": VECTORS, "chunk": CHUNK}),
+    "WeightVAE.decode": (VAE.decode, {"z": torch.randn(3, 4), "chunk": CHUNK}),
+    "WeightVAE.loss": (
+        VAE.loss,
+        {"x": VECTORS, "chunk": CHUNK, "kl": 1e-4, "noise": 0.1, "generator": RANDOM},
+    ),
+    "WeightVAE.sample": (VAE.sample, {"n": 2, "generator": RANDOM}),
+    "DatasetEncoder.forward": (ENCODER, {"examples": EXAMPLES}),
+    "LatentDiffusion.loss": (
+        DIFFUSION.loss,
+        {"x": LATENTS, "condition": CONDITIONS, "generator": RANDOM},
+    ),
+    "LatentDiffusion.sample": (
+        DIFFUSION.sample,
+        {"condition": CONDITIONS, "generator": RANDOM, "steps": 2, "guidance": 1.5},
     ),
     "alignment_loss": (
         generate.alignment_loss,
@@ -204,6 +227,29 @@ def _vectors(name: str) -> Rows:
     ]
 
 
+def bad_input(name: str, value: torch.Tensor, shape: str) -> Rows:
+    """What a module's tensor argument ``value`` ``[3, n]`` can't be."""
+    axes = re.escape(shape)
+    return [
+        ([1.0], TYPE, rf"{name} must be a tensor {axes}, not list"),
+        (value.double(), TYPE, f"{name} must be torch.float32, not torch.float64"),
+        (value.to_sparse(), TYPE, f"{name} must be a dense tensor, not torch.sparse_coo"),
+        (value.to("meta"), VALUE, f"{name} is on meta, but the model is on cpu"),
+        (value[:, 1:], VALUE, rf"{name} must have shape \[.*{value.shape[1]}\], not \[3, "),
+        (value[0], VALUE, rf"{name} must have shape \[.*{value.shape[1]}\], not \["),
+    ]
+
+
+BAD_CHUNK: Rows = [
+    ([0, 1, 0], TYPE, r"chunk must be a tensor \[...\], not list"),
+    (CHUNK.float(), TYPE, "chunk must be int64 or int32, not torch.float32"),
+    (CHUNK[1:], VALUE, r"chunk must have shape \[3\] as [xz] \[3, .\], not \[2\]"),
+    (CHUNK + 1, VALUE, r"chunk\[1\] is 2, outside 0..1"),
+    (CHUNK.to("meta"), VALUE, "chunk is on meta, but [xz] is on cpu"),
+    (None, VALUE, r"[xz] must have shape \[..., 2, .\] without chunk, not \[3, .\]"),
+]
+BAD_GENERATOR: Rows = [(3, TYPE, "generator must be a torch.Generator.*, not int 3")]
+
 SWEEP: dict[tuple[str, str], Rows] = {
     **{("WeightVAE", name): bad_count() for name in ("width", "chunks")},
     ("WeightVAE", "latent"): [
@@ -226,6 +272,38 @@ SWEEP: dict[tuple[str, str], Rows] = {
         (5, VALUE, "hidden 5 must be a multiple of heads 2"),
     ],
     ("DatasetEncoder", "extractor"): BAD_EXTRACTOR,
+    ("WeightVAE.encode", "x"): bad_input("x", VECTORS, "[..., 5]"),
+    ("WeightVAE.decode", "z"): bad_input("z", torch.randn(3, 4), "[..., 4]"),
+    ("WeightVAE.loss", "x"): bad_input("x", VECTORS, "[..., 5]"),
+    **{(f"WeightVAE.{name}", "chunk"): BAD_CHUNK for name in ("encode", "decode", "loss")},
+    **{("WeightVAE.loss", name): bad_number(0, 1e9) for name in ("kl", "noise")},
+    ("WeightVAE.sample", "n"): bad_count(0),
+    **{
+        (name, "generator"): BAD_GENERATOR
+        for name in (
+            *("WeightVAE.loss", "WeightVAE.sample"),
+            *("LatentDiffusion.loss", "LatentDiffusion.sample"),
+        )
+    },
+    ("DatasetEncoder.forward", "examples"): [
+        ([1.0], TYPE, r"examples must be a tensor \[B, K, S, ...\], not list"),
+        (EXAMPLES.double(), TYPE, "the extractor must give torch.float32 features, not torch.fl"),
+        (EXAMPLES.to("meta"), VALUE, "examples is on meta, but the model is on cpu"),
+        (EXAMPLES[:, :, :0], VALUE, r"examples must have shape \[B, 2, S, ...\] with S > 0"),
+        (EXAMPLES[:, :1], VALUE, r"examples must have shape \[B, 2, S, ...\] with S > 0"),
+        (EXAMPLES[..., 1:], VALUE, r"the extractor must give features \[30, 4\], not \[30, 3\]"),
+    ],
+    ("LatentDiffusion.loss", "x"): bad_input("x", LATENTS, "[B, L]"),
+    ("LatentDiffusion.loss", "condition"): [
+        *bad_input("condition", CONDITIONS, "[B, C]"),
+        (CONDITIONS[1:], VALUE, "condition has length 2, but x's axis 0 has size 3"),
+    ],
+    ("LatentDiffusion.sample", "condition"): bad_input("condition", CONDITIONS, "[B, C]"),
+    ("LatentDiffusion.sample", "steps"): [
+        *bad_count(),
+        (41, VALUE, "steps must be at most 40, not 41"),
+    ],
+    ("LatentDiffusion.sample", "guidance"): bad_number(0, 1e9),
     ("alignment_loss", "datasets"): _vectors("datasets"),
     ("alignment_loss", "networks"): [
         *_vectors("networks"),

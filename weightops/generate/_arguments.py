@@ -24,6 +24,27 @@ def check_dtype(where: str, name: str, value: Tensor) -> None:
         )
 
 
+def check_like(where: str, name: str, value: Any, shape: str, like: Tensor) -> None:
+    """``value`` must be a tensor of the dtype and on the device of a module's weights ``like``."""
+    _check.tensor(where, name, value, shape)
+    if value.dtype != like.dtype:
+        raise TypeError(f"{where}: {name} must be {like.dtype}, not {value.dtype}")
+    _check.same_device(where, name, value, "the model", like)
+
+
+def check_generator(
+    where: str, value: Any, device: torch.device | None = None, *, optional: bool = False
+) -> None:
+    """``generator`` must be one of torch, where it matters of ``device``."""
+    if optional and value is None:
+        return
+    if not isinstance(value, torch.Generator):
+        expected = "a torch.Generator" + (" or None" if optional else "")
+        raise TypeError(f"{where}: generator must be {expected}, not {_check.describe(value)}")
+    if device is not None and value.device.type != device.type:
+        raise ValueError(f"{where}: generator is on {value.device}, but the model is on {device}")
+
+
 def check_networks(
     where: str, name: str, zoo: Any, spec: Any, *, empty: bool = False, finite: bool = True
 ) -> WeightSpec:

@@ -119,21 +119,27 @@ def read_manifest(where: str, directory: Path) -> Manifest:
     return found
 
 
-def open_shard(where: str, directory: Path, manifest: Manifest, shard: Shard) -> dict[str, Tensor]:
-    """All tensors of a shard; ``flat`` lies in mapped memory, and nothing of it is read."""
+def read_tensors(where: str, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors of a safetensors file, in mapped memory, and the strings kept with them."""
     from safetensors import SafetensorError, safe_open
 
-    path = directory / shard.file
     try:
         path.open("rb").close()
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
     except OSError as error:
         raise CheckpointError(f"{where}: {path}: {error.strerror or error}") from None
     except SafetensorError as error:
         raise CheckpointError(
             f"{where}: {path}: is truncated or no safetensors file: {error}"
         ) from None
+
+
+def open_shard(where: str, directory: Path, manifest: Manifest, shard: Shard) -> dict[str, Tensor]:
+    """All tensors of a shard; ``flat`` lies in mapped memory, and nothing of it is read."""
+    path = directory / shard.file
+    tensors, _ = read_tensors(where, path)
     expected = {FLAT, CHECKSUM, *manifest.metadata}
     for name in sorted(expected - tensors.keys()):
         raise CheckpointError(f"{where}: {path}: {name} is missing")

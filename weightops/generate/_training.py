@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from weightops._checkpoints import CheckpointError
 from weightops._progress import track
+from weightops.generate._files import read_tensors
 
 #: key of a file's description among the strings that safetensors keeps
 _KEY = "weightops"
@@ -42,22 +43,10 @@ def write(
 
 def read(where: str, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and description of a file that :func:`write` wrote."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        path.open("rb").close()
-        with safe_open(path, framework="pt") as file:
-            description = (file.metadata() or {}).get(_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except OSError as error:
-        raise CheckpointError(f"{where}: {path}: {error.strerror or error}") from None
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{where}: {path}: is truncated or no safetensors file: {error}"
-        ) from None
-    if description is None:
+    tensors, strings = read_tensors(where, path)
+    if _KEY not in strings:
         raise CheckpointError(f"{where}: {path}: was not written by weightops.generate")
-    return tensors, json.loads(description)
+    return tensors, json.loads(strings[_KEY])
 
 
 class Training:

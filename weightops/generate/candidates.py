@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from weightops import _check
 from weightops.generate._arguments import check_dtype, check_population, in_order_of, named
 from weightops.generate.zoo import Zoo
-from weightops.population import population_batchnorm, population_forward, population_train
+from weightops.population import population_batchnorm, population_train
+from weightops.population.forward import loss_and_accuracy
 
 #: networks of a zoo that are in memory at once, and their weights
 _NETWORKS, _WEIGHTS = 256, 2**24
@@ -68,8 +69,7 @@ def scores_of(where: str, flat: Tensor, model: Any, x: Any, targets: Any) -> Sco
         one = scores_of(where, flat.new_zeros(1, flat.shape[1]), model, x, targets)
         return Scores(one.accuracy[:0], one.loss[:0])
     with named(where):
-        accuracy = population_forward(flat, model, x, reduce="accuracy", targets=targets)
-        loss = population_forward(flat, model, x, reduce="loss", targets=targets)
+        loss, accuracy = loss_and_accuracy(flat, model, x, targets).unbind(1)
     return Scores(accuracy, loss)
 
 

@@ -124,20 +124,27 @@ class DatasetEncoder(nn.Module):
 
         Raises:
             ValueError: not K classes, no examples, or the extractor does not give ``[n, F]``.
-            TypeError: ``examples`` is no tensor.
+            TypeError: ``examples`` is no tensor, or what is extracted has another dtype than the weights.
         """
-        _check.tensor("DatasetEncoder", "examples", examples, "[B, K, S, ...]")
+        where = "DatasetEncoder.forward"
+        _check.tensor(where, "examples", examples, "[B, K, S, ...]")
+        _check.same_device(where, "examples", examples, "the model", self.label)
         if examples.dim() < 4 or examples.shape[1] != self.classes or not examples.shape[2]:
             raise ValueError(
-                f"DatasetEncoder: examples must have shape [B, {self.classes}, S, ...] with S > 0, "
+                f"{where}: examples must have shape [B, {self.classes}, S, ...] with S > 0, "
                 f"not {list(examples.shape)}"
             )
         sets = examples.shape[:3]
         features = self.extractor(examples.flatten(0, 2))
         if list(features.shape) != [sets.numel(), self.features]:
             raise ValueError(
-                f"DatasetEncoder: the extractor must give features {[sets.numel(), self.features]}, "
+                f"{where}: the extractor must give features {[sets.numel(), self.features]}, "
                 f"not {list(features.shape)}"
+            )
+        if features.dtype != self.label.dtype:
+            raise TypeError(
+                f"{where}: the extractor must give {self.label.dtype} features, not {features.dtype}; "
+                "by default they are the examples themselves"
             )
         pooled = self.within(self.enter(features).unflatten(0, (sets[0] * sets[1], sets[2])))
         return self.leave(self.across(pooled.flatten(0, 1).unflatten(0, sets[:2]) + self.label))

@@ -24,6 +24,7 @@ from weightops.generate.encoder import (
 from weightops.generate.latent import LatentDiffusion
 from weightops.generate.vae import WeightVAE
 from weightops.spec import WeightSpec
+from weightops.tokens import Statistics, TokenPlan, pack, statistics, unpack
 
 #: part -> what can be given to it
 OPTIONS = {
@@ -62,8 +63,6 @@ class WeightGenerator(nn.Module):
         TypeError: an argument has the wrong type.
     """
 
-    mean: Tensor
-    scale: Tensor
     floor: Tensor
     latent_mean: Tensor
     latent_scale: Tensor
@@ -98,6 +97,9 @@ class WeightGenerator(nn.Module):
             _check.count(where, "chunk", chunk)
         given = _check_options(where, {} if options is None else options)
         self.spec, self.chunk, self.examples = spec, chunk, examples
+        self.plan = TokenPlan(spec, "network" if chunk is None else "chunk", size=chunk)
+        #: of the zoo's tensors, by which weights are standardised; ``None`` before :meth:`fit`
+        self.statistics: Statistics | None = None
         self.classes = classes
         # In a list, so that it is no module of this one: the encoder has a copy of it.
         self._extractor = [extractor]
@@ -106,9 +108,7 @@ class WeightGenerator(nn.Module):
             **{"chunk": chunk, "condition": condition, "examples": examples, "drop": drop},
             "options": given,
         }
-        zeros = torch.zeros(spec.numel)
-        for name, value in (("mean", zeros), ("scale", zeros + 1), ("floor", zeros - torch.inf)):
-            self.register_buffer(name, value)
+        self.register_buffer("floor", torch.full((spec.numel,), -torch.inf))
         try:
             self._build(0)
         except (TypeError, ValueError) as error:
@@ -120,14 +120,14 @@ class WeightGenerator(nn.Module):
 
     def _build(self, seed: int) -> None:
         """Make all parts anew, on the device of the buffers; the global generator is left as it was."""
-        given, device = self.config, self.mean.device
+        given, device = self.config, self.floor.device
         options = given["options"]
-        chunks = None if self.chunk is None else -(-self.spec.numel // self.chunk)
+        chunks = None if self.chunk is None else self.plan.num_tokens
         total = given["latent"] * (chunks or 1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.autoencoder = WeightVAE(
-                self.chunk or self.spec.numel,
+                self.plan.size,
                 given["latent"],
                 form=given["form"],
                 chunks=chunks,
@@ -226,7 +226,7 @@ class WeightGenerator(nn.Module):
             **{"data": _digest(flat, tasks, *(t for pair in datasets for t in pair))},
         }
         self._build(seed)
-        device = self.mean.device
+        device = self.floor.device
         flat, tasks = flat.detach().to(device, torch.float32), tasks.to(device).long()
         index = index.to(device)
         self._standardise(flat)
@@ -316,7 +316,7 @@ class WeightGenerator(nn.Module):
         _check.count("generate", "num_networks", num_networks, 0)
         _check.seed("generate", seed)
         self.diffusion.check("generate", steps, guidance)
-        device = self.mean.device
+        device = self.floor.device
         check_dataset("generate", "dataset", dataset, self.classes)
         index = ClassIndex("generate", [dataset], self.classes).to(device)
         generator = torch.Generator(device).manual_seed(seed)
@@ -338,7 +338,7 @@ class WeightGenerator(nn.Module):
         _check.floating("reconstruct", "flat", flat)
         if flat.is_meta:
             raise ValueError("reconstruct: flat is on meta, where tensors hold no values")
-        flat = flat.to(self.mean.device, torch.float32)
+        flat = flat.to(self.floor.device, torch.float32)
         return self._decode(self.autoencoder.encode(self._tokens(flat))[0].flatten(1))
 
     def save(self, path: str | Path) -> None:
@@ -347,7 +347,8 @@ class WeightGenerator(nn.Module):
         Raises:
             ValueError: the file can't be written.
         """
-        description = {"config": self.config, "spec": self.spec.to_json()}
+        found = self.statistics and self.statistics.to_json()
+        description = {"config": self.config, "spec": self.spec.to_json(), "statistics": found}
         write("save", check_path("save", "path", path), self.state_dict(), description)
 
     @classmethod
@@ -376,6 +377,8 @@ class WeightGenerator(nn.Module):
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
             raise CheckpointError(f"load: {path}: does not fit the model: {reason}") from None
+        if description["statistics"] is not None:
+            model.statistics = Statistics.from_json(description["statistics"], spec=spec)
         return model
 
     def _check_zoo(self, flat: Tensor, tasks: Tensor) -> None:
@@ -386,39 +389,31 @@ class WeightGenerator(nn.Module):
             raise ValueError("fit: flat is on meta, where tensors hold no values")
         if not len(flat):
             raise ValueError("fit: flat holds no network")
-        _check.finite("fit", "flat", flat)
+        _check.finite("fit", "flat", flat.float())
         _check.tensor("fit", "tasks", tasks, "[N]", 1)
         _check.index_dtype("fit", "tasks", tasks)
         _check.same_device("fit", "tasks", tasks, "flat", flat)
         _check.size("fit", "tasks", len(tasks), len(flat), "flat's axis 0")
 
     def _standardise(self, flat: Tensor) -> None:
-        """Mean and standard deviation of each tensor over the zoo; constant ones are only centred."""
+        """Mean and deviation of each tensor over the zoo, and the least of its running variances."""
+        self.statistics = statistics(flat, self.spec)
         for name, weights in self.spec.unflatten(flat).items():
-            mean, scale = (self.spec.unflatten(each)[name] for each in (self.mean, self.scale))
-            mean.fill_(weights.mean())
-            deviation = weights.std(correction=0)
-            scale.fill_(deviation if deviation > 0 else 1)
             if name.endswith("running_var"):
                 self.spec.unflatten(self.floor)[name].fill_(weights.min())
 
     def _tokens(self, flat: Tensor) -> Tensor:
-        """Standardised, ``[N, P]``, or ``[N, T, chunk]`` with zeros at the end."""
-        x = (flat - self.mean) / self.scale
-        if self.chunk is None:
-            return x
-        return nn.functional.pad(x, (0, -x.shape[1] % self.chunk)).unflatten(1, (-1, self.chunk))
+        """Standardised, ``[N, T, D]``; whole networks are one token."""
+        return pack(flat, self.plan, statistics=self.statistics)
 
     def _decode(self, z: Tensor) -> Tensor:
-        if self.chunk is not None:
-            z = z.unflatten(1, (-1, self.autoencoder.latent))
-        x = self.autoencoder.decode(z).flatten(1)[:, : self.spec.numel]
-        return torch.maximum(x * self.scale + self.mean, self.floor)
+        x = self.autoencoder.decode(z.unflatten(1, (-1, self.autoencoder.latent)))
+        return torch.maximum(unpack(x, self.plan, statistics=self.statistics), self.floor)
 
     @torch.no_grad()
     def _conditions(self, index: ClassIndex, tasks: int, redraws: int, seed: int) -> Tensor:
         """Vectors ``[T, R, E]`` of all datasets, each from other examples."""
-        device = self.mean.device
+        device = self.floor.device
         # Random numbers of their own, so that a stage that goes on sees the same.
         generator = torch.Generator(device).manual_seed((seed + 1) % 2**64)
         all_tasks = torch.arange(tasks, device=device).repeat_interleave(redraws)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from weightops import _check
+from weightops.generate._arguments import check_generator, check_like
 
 #: sampling keeps its estimate of a latent, whose entries have unit variance, within this
 RANGE = 4.0
@@ -104,7 +105,18 @@ class LatentDiffusion(nn.Module):
             x: latents ``[B, L]``.
             condition: ``[B, C]``.
             generator: of times and noise, on the device of ``x``.
+
+        Raises:
+            ValueError: shapes or devices do not fit.
+            TypeError: an argument has the wrong type or dtype.
         """
+        where = "LatentDiffusion.loss"
+        check_like(where, "x", x, "[B, L]", self.nothing)
+        if x.dim() != 2 or x.shape[1] != self.latent:
+            raise ValueError(f"{where}: x must have shape [B, {self.latent}], not {list(x.shape)}")
+        self._check_condition(where, condition)
+        _check.size(where, "condition", len(condition), len(x), "x's axis 0")
+        check_generator(where, generator, x.device)
         rows, device = len(x), x.device
         steps = self.schedule.config.num_train_timesteps
         times = torch.randint(steps, (rows,), generator=generator, device=device)
@@ -114,6 +126,14 @@ class LatentDiffusion(nn.Module):
             condition = torch.where(dropped, self.nothing, condition)
         noisy = self.schedule.add_noise(x, noise, times)
         return (self.denoiser(noisy, times, condition) - noise).square().mean()
+
+    def _check_condition(self, where: str, condition: Any) -> None:
+        check_like(where, "condition", condition, "[B, C]", self.nothing)
+        entries = len(self.nothing)
+        if condition.dim() != 2 or condition.shape[1] != entries:
+            raise ValueError(
+                f"{where}: condition must have shape [B, {entries}], not {list(condition.shape)}"
+            )
 
     def check(self, where: str, steps: Any, guidance: Any) -> None:
         """Raise where :meth:`sample` can't take such ``steps`` or ``guidance``."""
@@ -146,11 +166,16 @@ class LatentDiffusion(nn.Module):
                 guidance); needs a model trained with ``drop``.
 
         Raises:
-            ValueError: ``steps`` is not in 1 .. ``times``; guidance without ``drop``.
+            ValueError: ``steps`` is not in 1 .. ``times``; guidance without ``drop``; the condition's shape
+                or a device does not fit.
+            TypeError: an argument has the wrong type or dtype.
         """
         from diffusers import DDIMScheduler
 
-        self.check("sample", steps, guidance)
+        where = "LatentDiffusion.sample"
+        self._check_condition(where, condition)
+        check_generator(where, generator, condition.device)
+        self.check(where, steps, guidance)
         schedule: Any = DDIMScheduler(
             **self.noise, clip_sample_range=RANGE, timestep_spacing="trailing"
         )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from weightops import _check
+from weightops.generate._arguments import check_generator, check_like
 
 FORMS = ("mlp", "convolution")
 
@@ -122,11 +124,13 @@ class WeightVAE(nn.Module):
                 all T of a network. Only with ``chunks``.
 
         Raises:
-            ValueError: ``x`` or ``chunk`` has another shape.
-            TypeError: ``x`` is no tensor.
+            ValueError: ``x`` or ``chunk`` has another shape or device, or ``chunk`` is out of range.
+            TypeError: ``x`` or ``chunk`` is no tensor, or has another dtype.
         """
-        _check.tensor("encode", "x", x, "[..., D]")
-        self._check_shape("encode", "x", x, self.width, chunk)
+        self._check_input("WeightVAE.encode", "x", x, self.width, chunk)
+        return self._encode(x, chunk)
+
+    def _encode(self, x: Tensor, chunk: Tensor | None) -> tuple[Tensor, Tensor]:
         h = self.enter(x)
         if self.to_chunk is not None:
             h = h + self._embedding(self.to_chunk, chunk)
@@ -137,8 +141,10 @@ class WeightVAE(nn.Module):
 
     def decode(self, z: Tensor, chunk: Tensor | None = None) -> Tensor:
         """``[..., D]`` from latents ``[..., L]``; ``chunk`` and errors as for :meth:`encode`."""
-        _check.tensor("decode", "z", z, "[..., L]")
-        self._check_shape("decode", "z", z, self.latent, chunk)
+        self._check_input("WeightVAE.decode", "z", z, self.latent, chunk)
+        return self._decode(z, chunk)
+
+    def _decode(self, z: Tensor, chunk: Tensor | None) -> Tensor:
         h = z if self.of_chunk is None else z + self._embedding(self.of_chunk, chunk)
         return self.leave(self.decoder(h.flatten(0, -2)).unflatten(0, z.shape[:-1]))
 
@@ -163,28 +169,44 @@ class WeightVAE(nn.Module):
             noise: standard deviation of noise on the encoder's input, which keeps a large encoder from
                 learning a small zoo by heart.
             generator: of noise and latents.
+
+        Raises:
+            ValueError: as :meth:`encode`, or a number is out of range.
+            TypeError: as :meth:`encode`, or an argument has the wrong type.
         """
+        where = "WeightVAE.loss"
+        self._check_input(where, "x", x, self.width, chunk)
+        for name, value in (("kl", kl), ("noise", noise)):
+            _check.number(where, name, value, 0, 1e9)
+        check_generator(where, generator, x.device, optional=True)
         noisy = x + noise * _normal(x, generator) if noise else x
-        mean, log_variance = self.encode(noisy, chunk)
+        mean, log_variance = self._encode(noisy, chunk)
         z = mean + (0.5 * log_variance).exp() * _normal(mean, generator)
-        error = (self.decode(z, chunk) - x).abs().mean()
+        error = (self._decode(z, chunk) - x).abs().mean()
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(-1).mean()
         return error * (-self.log_scale).exp() + self.log_scale + kl * divergence
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Decode ``n`` draws of a standard normal distribution: ``[n, D]``, or ``[n, T, D]``."""
-        _check.count("sample", "n", n, 0)
+        """Decode ``n`` draws of a standard normal distribution: ``[n, D]``, or ``[n, T, D]``.
+
+        Raises:
+            ValueError: ``n`` is negative.
+            TypeError: an argument has the wrong type.
+        """
+        _check.count("WeightVAE.sample", "n", n, 0)
+        check_generator("WeightVAE.sample", generator, optional=True)
         shape = (n, self.latent) if self.chunks is None else (n, self.chunks, self.latent)
         z = torch.randn(shape, generator=generator, device=generator.device if generator else None)
-        return self.decode(z.to(self.log_scale.device))
+        return self._decode(z.to(self.log_scale.device), None)
 
     def _embedding(self, table: nn.Embedding, chunk: Tensor | None) -> Tensor:
         return table.weight if chunk is None else table(chunk)
 
-    def _check_shape(
-        self, where: str, name: str, value: Tensor, length: int, chunk: Tensor | None
+    def _check_input(
+        self, where: str, name: str, value: Any, length: int, chunk: Tensor | None
     ) -> None:
+        check_like(where, name, value, f"[..., {length}]", self.log_scale)
         given = list(value.shape)
         if self.chunks is None or chunk is not None:
             if value.dim() < 2 or value.shape[-1] != length:
@@ -198,11 +220,17 @@ class WeightVAE(nn.Module):
             return
         if self.chunks is None:
             raise ValueError(f"{where}: chunk is given, but this autoencoder has no chunks")
+        _check.tensor(where, "chunk", chunk, "[...]")
+        _check.index_dtype(where, "chunk", chunk)
+        _check.same_device(where, "chunk", chunk, name, value)
         if list(chunk.shape) != given[:-1]:
             raise ValueError(
                 f"{where}: chunk must have shape {given[:-1]} as {name} {given}, "
                 f"not {list(chunk.shape)}"
             )
+        fault = _check.index_fault(chunk, self.chunks)
+        if fault is not None:
+            raise ValueError(f"{where}: chunk{fault}")
 
 
 def perceptron(widths: Sequence[int]) -> nn.Sequential:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import prod
 
-import torch
 from torch import Tensor
 
 from weightops.ops.manifold import manifold_linear
-from weightops.ops.population import Program, reference
+from weightops.ops.population import Program, grouped
 
 #: weights of a linear layer from which on a product for many networks is faster (measured at 2,048 and 100,352)
 LARGE = 1 << 15
@@ -38,29 +37,8 @@ def products(
     for begin in range(0, len(flat), size):
         group = slice(begin, begin + size)
         own = x if shared else x[group]
-        if dense:
-            yield group, _dense(flat[group], own.flatten(1 if shared else 2), code)
-        else:
-            yield group, reference.run(flat[begin], x if shared else x[begin], code)[None]
+        yield group, grouped.population_logits(flat[group], own, code, shared, product=_product)
 
 
-def _dense(flat: Tensor, x: Tensor, code: Sequence[int]) -> Tensor:
-    """``[n, B, K]`` of networks ``[n, P]`` without convolutions; ``x [B, I]`` or ``[n, B, I]``."""
-    networks, values = len(flat), [x]
-    for layer in reference.decode(code)[1]:
-        value, *others = (values[i] for i in layer["inputs"])
-        if layer["kind"] != "linear":
-            values.append(reference.apply(layer, flat, value, *others))
-            continue
-        inputs, outputs = layer["taken"][0], layer["made"][0]
-        at, bias_at = layer["places"][:2]
-        weight = flat[:, at : at + outputs * inputs].reshape(networks, outputs, inputs)
-        bias = flat[:, bias_at : bias_at + outputs] if bias_at >= 0 else flat.new_zeros(1, outputs)
-        if value.dim() == 3:
-            values.append(torch.baddbmm(bias[:, None], value, weight.mT))
-            continue
-        stacked = bias.expand(networks, outputs).reshape(1, -1)
-        made = manifold_linear(value, flat.new_ones(1), weight.reshape(1, -1, inputs), stacked)
-        values.append(made.view(len(x), networks, outputs).transpose(0, 1))
-    made = values[-1]
-    return made if made.dim() == 3 else made.expand(networks, *made.shape)
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return manifold_linear(x, x.new_ones(1), weight[None], None if bias is None else bias[None])

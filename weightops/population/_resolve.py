@@ -40,10 +40,9 @@ class Runner:
     reason: str = ""
     call: Callable[[Tensor, Tensor], Tensor] | None = None
 
-    @property
-    def by_products(self) -> bool:
-        """Whether products of many networks at once are faster than the kernel: layers are large."""
-        return self.program is not None and is_large(self.program)
+    def by_products(self, device: torch.device) -> bool:
+        """Whether products of many networks at once are faster than the CPU's kernel: layers are large."""
+        return self.program is not None and device.type == "cpu" and is_large(self.program)
 
     def products(self, flat: Tensor, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Groups of networks: which ones, and their outputs ``[n, B, K]``."""
@@ -52,7 +51,7 @@ class Runner:
 
     def logits(self, flat: Tensor, x: Tensor) -> Tensor:
         """``[N, B, K]``, differentiable."""
-        if self.by_products and len(flat):
+        if self.by_products(flat.device) and len(flat):
             return torch.cat([made for _, made in self.products(flat, x)])
         if self.program is not None:
             return population_logits(flat, x, self.code, self.shared)
@@ -67,6 +66,7 @@ class Runner:
         return made.flatten(2)
 
 
+_BATCHED = "torch, batched over networks"
 _programs: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()
 
 
@@ -101,7 +101,7 @@ def resolve(where: str, flat: Tensor, model: WeightSpec | nn.Module, x: Tensor) 
 
 
 def explain(spec_or_model: WeightSpec | nn.Module, x: Tensor) -> str:
-    """What runs a population of an architecture on samples ``[B, ...]``, and why."""
+    """What runs and what trains a population of an architecture on samples ``[B, ...]``, and why."""
     where = "explain"
     _check.tensor(where, "x", x, "[B, ...]")
     flat = torch.empty(0, 0, dtype=x.dtype, device=x.device)
@@ -111,18 +111,30 @@ def explain(spec_or_model: WeightSpec | nn.Module, x: Tensor) -> str:
         else _of_module(where, spec_or_model, flat, x)
     )
     if runner.program is None:
-        return f"torch.func: networks are mapped one by one, since no kernel has {runner.reason}"
-    if runner.by_products:
-        return f"products of many networks at once: a linear layer has {LARGE:,} weights or more"
-    kinds = ", ".join(layer.kind.replace("_", " ") for layer in runner.program.layers)
-    kernel = "C++" if _load.has_kernel("population_logits", x.device.type) else "plain torch"
-    return f"one call for all networks ({kernel}): {kinds}"
+        return (
+            "torch.func: networks are mapped one by one, in training too, since no kernel has "
+            f"{runner.reason}"
+        )
+    if runner.by_products(x.device):
+        runs = f"products of many networks at once: a linear layer has {LARGE:,} weights or more"
+    else:
+        kinds = ", ".join(layer.kind.replace("_", " ") for layer in runner.program.layers)
+        runs = f"one call for all networks ({_kernel('population_logits', x.device)}): {kinds}"
+    return f"{runs}; trained in one call ({_kernel('population_steps', x.device)})"
+
+
+def _kernel(name: str, device: torch.device) -> str:
+    return "C++" if _load.has_kernel(name, device.type) else _BATCHED
 
 
 def _of_spec(where: str, spec: WeightSpec, x: Tensor) -> Runner:
-    program = spec._cache.get(PROGRAM, "it was not traced in this process")
-    if isinstance(program, str):
-        raise ValueError(f"{where}: spec_or_model has no layers: {program}; pass the model")
+    program = spec._cache.get(PROGRAM)
+    if not isinstance(program, Program):
+        why = f"no kernel has {program}" if program else "it was not traced in this process"
+        raise ValueError(
+            f"{where}: spec_or_model is a spec without layers, as {why}; pass the model itself"
+            + ("" if program else ", or what weightops.trace(model, x) makes of it")
+        )
     taken = program.taken
     for shared, shape in ((True, x.shape[1:]), (False, x.shape[2:])):
         if tuple(shape) == taken:
@@ -140,7 +152,9 @@ def _of_module(where: str, model: nn.Module, flat: Tensor, x: Tensor) -> Runner:
             f"{where}: spec_or_model must be a module or a traced spec, not {_check.describe(model)}"
         )
     known = _programs.setdefault(model, {})
-    key = (repr(model), tuple(x.shape[1:]), x.dtype, x.shape[0] == flat.shape[0])
+    # A handle's number is never given twice.
+    hooks = tuple((name, *handles) for name, handles in _hooks(model).items())
+    key = (repr(model), hooks, tuple(x.shape[1:]), x.dtype, x.shape[0] == flat.shape[0])
     if key not in known:
         known[key] = _trace(where, model, flat, x)
     return known[key]
@@ -166,10 +180,23 @@ def _trace(where: str, model: nn.Module, flat: Tensor, x: Tensor) -> Runner:
         if fallback is None:
             call = _caller(model, weights)
             made = _outputs(where, exported)
+            if hooks := _hooks(model):
+                program += (
+                    f" (forward hooks are traced with the model: of {', '.join(map(repr, hooks))})"
+                )
             fallback = Runner(weights.numel, shared, made, reason=program, call=call)
     if fallback is None:
         raise faults[0]
     return fallback
+
+
+def _hooks(model: nn.Module) -> dict[str, list[int]]:
+    """The modules that have hooks around their forward, with the handles' numbers."""
+    found = {
+        name: [*module._forward_pre_hooks, *module._forward_hooks]
+        for name, module in model.named_modules()
+    }
+    return {name: handles for name, handles in found.items() if handles}
 
 
 def _outputs(where: str, exported: torch.export.ExportedProgram) -> int:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from weightops import _check
-from weightops.ops.population import population_eval, training
-from weightops.ops.population.reference import reduce as reduce_logits
+from weightops.ops.population import population_eval, reference, training
 from weightops.population._resolve import Runner, resolve
 from weightops.spec import WeightSpec
 
@@ -57,19 +56,25 @@ def population_forward(
     checked = check_targets(where, runner, flat, x, targets, values=reduce == "loss")
     if reduce == "loss" and _differentiates(flat, x):
         return _losses(runner, flat, x, checked)
-    if runner.by_products and len(flat):
+    return _evaluated(runner, flat, x, checked, reduce)
+
+
+def loss_and_accuracy(
+    flat: Tensor, spec_or_model: WeightSpec | nn.Module, x: Tensor, targets: Tensor
+) -> Tensor:
+    """Mean losses and accuracies ``[N, 2]`` of one pass; not differentiable, else as :func:`population_forward`."""
+    where = "population_forward"
+    runner = resolve(where, flat, spec_or_model, x)
+    checked = check_targets(where, runner, flat, x, targets, values=False)
+    return _evaluated(runner, flat, x, checked, "scores")
+
+
+def _evaluated(runner: Runner, flat: Tensor, x: Tensor, checked: Tensor, reduce: str) -> Tensor:
+    if runner.by_products(flat.device) and len(flat):
         # Reduced as they come, so that no [N, B, K] is held.
-        own = checked.dim() > (2 if checked.is_floating_point() else 1)
-        return torch.cat(
-            [
-                reduce_logits(
-                    made,
-                    checked[group] if own else checked.expand(len(made), *checked.shape),
-                    reduce,
-                )
-                for group, made in runner.products(flat, x)
-            ]
-        )
+        each = reference.for_each(checked, len(flat))
+        groups = runner.products(flat, x)
+        return torch.cat([reference.reduce(made, each[group], reduce) for group, made in groups])
     if runner.program is not None:
         return population_eval(flat, x, checked, runner.code, runner.shared, reduce)
     return _reduced(runner, flat, x, checked, reduce)
@@ -123,10 +128,7 @@ def _losses(runner: Runner, flat: Tensor, x: Tensor, targets: Tensor) -> Tensor:
 
 def _reduced(runner: Runner, flat: Tensor, x: Tensor, targets: Tensor, to: str) -> Tensor:
     logits = runner.logits(flat, x)
-    shared = targets.dim() == (2 if targets.is_floating_point() else 1)
-    return reduce_logits(
-        logits, targets.expand(len(flat), *targets.shape) if shared else targets, to
-    )
+    return reference.reduce(logits, reference.for_each(targets, len(flat)), to)
 
 
 def check_targets(

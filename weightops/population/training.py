@@ -262,7 +262,11 @@ def _stepper(
         if runner.call is not None:
             forward = runner.call
             return training_reference.steps(
-                lambda row, x, step: (forward(row, x).flatten(1), row), *data, *options
+                lambda flat, x, targets, shared, step: training_reference.loss_grad(
+                    lambda row, x: (forward(row, x).flatten(1), row), flat, x, targets, shared
+                ),
+                *data,
+                *options,
             )
         return population_steps(*data, runner.code, *options)
 

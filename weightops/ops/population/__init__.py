@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from weightops import _op
-from weightops.ops.population import reference
+from weightops.ops.population import grouped, reference
 from weightops.ops.population.program import Layer, Program
 from weightops.ops.population.reference import reduce
 
@@ -31,7 +31,7 @@ def _fake_logits(flat: Tensor, x: Tensor, code: Sequence[int], shared: bool) -> 
 
 
 def _of_weights_and_samples(code: Sequence[int], shared: bool) -> Any:
-    return lambda flat, x: reference.population_logits(flat, x, code, shared)
+    return lambda flat, x: grouped.population_logits(flat, x, code, shared)
 
 
 def _backward(args: Sequence, needs: Sequence[bool], grad: Tensor) -> tuple:
@@ -48,7 +48,7 @@ def _jvp(args: Sequence, *tangents: Tensor | None) -> Tensor:
 
 population_logits: Callable = _op.define(
     "population_logits(Tensor flat, Tensor x, int[] code, bool shared) -> Tensor",
-    reference=reference.population_logits,
+    reference=grouped.population_logits,
     fake=_fake_logits,
     vmap=_op.lane_by_lane(lambda: population_logits),
     backward=_backward,
@@ -61,19 +61,14 @@ def _fake_eval(
 ) -> Tensor:
     if reduce == "errors":
         return flat.new_empty(len(flat), _rows(flat, x, shared), dtype=torch.bool)
-    return flat.new_empty(len(flat))
+    return flat.new_empty(len(flat), 2) if reduce == "scores" else flat.new_empty(len(flat))
 
 
 def _eval(
     flat: Tensor, x: Tensor, targets: Tensor, code: Sequence[int], shared: bool, reduce: str
 ) -> Tensor:
-    logits = reference.population_logits(flat, x, code, shared)
-    classes = 1 if not targets.is_floating_point() else 2
-    return reference.reduce(
-        logits,
-        targets if targets.dim() > classes else targets.expand(len(flat), *targets.shape),
-        reduce,
-    )
+    logits = grouped.population_logits(flat, x, code, shared)
+    return reference.reduce(logits, reference.for_each(targets, len(flat)), reduce)
 
 
 def _refuse_classes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -17,9 +18,9 @@ def run(row: Tensor, x: Tensor, code: Sequence[int]) -> Tensor:
     """One network: ``row [P]``, ``x [B, *taken]`` -> ``[B, *made]``, flattened to ``[B, K]``."""
     _, layers = decode(code)
     values = [x]
-    for layer in layers:
+    for layer, tensors in zip(layers, cut(row, layers), strict=True):
         taken = [values[i].reshape(len(x), *layer["taken"]) for i in layer["inputs"]]
-        values.append(apply(layer, row, *taken))
+        values.append(apply(layer, tensors, *taken))
     return values[-1].reshape(len(x), prod(layers[-1]["made"]))
 
 
@@ -36,7 +37,7 @@ def run_training(
     """
     _, layers = decode(code)
     values, moved = [x], row.detach().clone()
-    for layer in layers:
+    for layer, tensors in zip(layers, cut(row, layers), strict=True):
         taken = [values[i].reshape(len(x), *layer["taken"]) for i in layer["inputs"]]
         if layer["kind"] == "batch_norm":
             variance, mean = torch.var_mean(taken[0].detach(), (0, 2, 3))
@@ -44,31 +45,73 @@ def run_training(
             for place, found in zip(layer["places"][2:], (mean, variance), strict=True):
                 kept = moved[place : place + len(found)]
                 moved[place : place + len(found)] = (1 - by) * kept + by * found
-        values.append(apply(layer, row, *taken, training=True))
+        values.append(apply(layer, tensors, *taken, training=True))
     return values[-1].reshape(len(x), prod(layers[-1]["made"])), moved
 
 
-def apply(layer: dict, row: Tensor, x: Tensor, *others: Tensor, training: bool = False) -> Tensor:
-    """What a layer makes of ``x [B, C, H, W]`` (or of any shape, elementwise)."""
-    kind, (channels, height, width) = layer["kind"], layer["taken"]
-    outputs, settings = layer["made"][0], layer["settings"]
+def share_at(step: int) -> Callable[[float | None], float]:
+    """How far running statistics move in a step, counted from 1; without a momentum they are means of all."""
+    return lambda momentum: 1 / step if momentum is None else momentum
 
-    def tensor(which: int, *shape: int) -> Any:
-        at = layer["places"][which]
-        return None if at < 0 else row[at : at + prod(shape)].view(shape)
 
+def cut(flat: Tensor, layers: Sequence[dict]) -> list[list[Tensor | None]]:
+    """Per layer its tensors ``[..., *shape]`` of ``flat [..., P]``, ``None`` where it has none.
+
+    Of one split, whose gradient is written once; slices' would be summed over all of P each.
+    """
+    shapes = [_shapes(layer) for layer in layers]
+    ends = {
+        at: at + prod(shape)
+        for layer, known in zip(layers, shapes, strict=True)
+        for at, shape in zip(layer["places"], known, strict=False)
+        if at >= 0
+    }
+    bounds = sorted({0, flat.shape[-1], *ends, *ends.values()})
+    pieces = flat.split([end - begin for begin, end in pairwise(bounds)], -1)
+    of_place = dict(zip(bounds, pieces, strict=False))
+    return [
+        [
+            of_place[at].unflatten(-1, shape) if at >= 0 else None
+            for at, shape in zip(layer["places"], known, strict=False)
+        ]
+        for layer, known in zip(layers, shapes, strict=True)
+    ]
+
+
+def _shapes(layer: dict) -> list[tuple[int, ...]]:
+    """Of weight and bias, then of running mean and variance."""
+    kind, (channels, *size), outputs = layer["kind"], layer["taken"], layer["made"][0]
+    if kind == "linear":
+        return [(outputs, channels), (outputs,)]
+    if kind == "conv":
+        return [(outputs, channels // layer["settings"][8], *layer["settings"][:2]), (outputs,)]
+    if kind == "layer_norm":
+        return [(channels, *size)] * 2
+    return [(channels,)] * {"batch_norm": 4, "group_norm": 2}.get(kind, 0)
+
+
+def apply(
+    layer: dict,
+    tensors: Sequence[Any],
+    x: Tensor,
+    *others: Tensor,
+    training: bool = False,
+    lanes: int = 1,
+) -> Tensor:
+    """What a layer with its tensors makes of ``x [B, C, H, W]`` (or of any shape, elementwise).
+
+    Of several ``lanes`` in the channels, one network's behind the other's, each has groups of its own.
+    """
+    kind, settings, eps = layer["kind"], layer["settings"], layer["eps"]
+    found: Any = tensors[:2] or (None, None)
+    weight, bias = found
     if kind == "add":
         return x + others[0]
     if kind == "linear":
-        return F.linear(x.view(len(x), channels), tensor(0, outputs, channels), tensor(1, outputs))[
-            ..., None, None
-        ]
+        return F.linear(x.flatten(1), weight, bias)[..., None, None]
     if kind == "conv":
-        kernel, groups = settings[:2], settings[8]
-        weight = tensor(0, outputs, channels // groups, *kernel)
-        return F.conv2d(
-            x, weight, tensor(1, outputs), settings[2:4], settings[4:6], settings[6:8], groups
-        )
+        groups = settings[8] * lanes
+        return F.conv2d(x, weight, bias, settings[2:4], settings[4:6], settings[6:8], groups)
     if kind == "max_pool":
         return F.max_pool2d(x, settings[:2], settings[2:4], settings[4:6], settings[6:8])
     if kind == "average_pool":
@@ -76,19 +119,15 @@ def apply(layer: dict, row: Tensor, x: Tensor, *others: Tensor, training: bool =
             x, settings[:2], settings[2:4], settings[4:6], count_include_pad=settings[8] == 1
         )
     if kind == "batch_norm":
-        weight, bias, eps = tensor(0, channels), tensor(1, channels), layer["eps"]
         if training:
             return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
         # Running statistics are data, not parameters: nothing is differentiated by them.
-        mean, variance = tensor(2, channels).detach(), tensor(3, channels).detach()
+        mean, variance = (each.detach() for each in tensors[2:])
         return F.batch_norm(x, mean, variance, weight, bias, eps=eps)
     if kind == "group_norm":
-        return F.group_norm(
-            x, settings[0], tensor(0, channels), tensor(1, channels), eps=layer["eps"]
-        )
+        return F.group_norm(x, settings[0] * lanes, weight, bias, eps)
     if kind == "layer_norm":
-        shape = [channels, height, width]
-        return F.layer_norm(x, shape, tensor(0, *shape), tensor(1, *shape), eps=layer["eps"])
+        return F.layer_norm(x, layer["taken"], weight, bias, eps)
     if kind == "gelu_tanh":
         return F.gelu(x, approximate="tanh")
     return {"relu": torch.relu, "silu": F.silu, "gelu": F.gelu, "tanh": torch.tanh}[kind](x)
@@ -105,7 +144,10 @@ def population_logits(flat: Tensor, x: Tensor, code: Sequence[int], shared: bool
 
 def reduce(logits: Tensor, targets: Tensor, to: str) -> Tensor:
     """Logits ``[N, B, K]`` and targets (classes ``[N, B]``, or values ``[N, B, K]`` of a mean squared
-    error) -> mean losses or accuracies ``[N]``, or which predictions are wrong ``[N, B]``."""
+    error) -> mean losses or accuracies ``[N]``, or both ``[N, 2]``: ``"scores"``, or which predictions are
+    wrong ``[N, B]``."""
+    if to == "scores":
+        return torch.stack([reduce(logits, targets, each) for each in ("loss", "accuracy")], 1)
     if to == "loss":
         if targets.is_floating_point():
             return (logits - targets).square().mean((1, 2))
@@ -113,3 +155,13 @@ def reduce(logits: Tensor, targets: Tensor, to: str) -> Tensor:
         return losses.view(targets.shape).mean(1)
     wrong = logits.argmax(2) != targets
     return wrong if to == "errors" else 1 - wrong.to(logits.dtype).mean(1)
+
+
+def own_targets(targets: Tensor) -> bool:
+    """Whether every network has targets of its own."""
+    return targets.dim() == (3 if targets.is_floating_point() else 2)
+
+
+def for_each(targets: Tensor, networks: int) -> Tensor:
+    """Targets with the networks in front."""
+    return targets if own_targets(targets) else targets.expand(networks, *targets.shape)

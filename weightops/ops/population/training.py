@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 from weightops import _op
-from weightops.ops.population import population_eval, training_reference
+from weightops.ops.population import grouped, population_eval, training_reference
 
-__all__ = ["population_loss", "population_loss_grad", "population_steps"]
+__all__ = ["population_loss", "population_loss_grad", "population_steps", "steps_by_torch"]
+
+
+def steps_by_torch(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As :data:`population_steps` without its kernel."""
+    return training_reference.population_steps(*args, train_grad=grouped.population_train_grad)
 
 
 def _fake_loss_grad(
@@ -24,14 +29,14 @@ def _fake_loss_grad(
 population_loss_grad: Callable = _op.define(
     "population_loss_grad(Tensor flat, Tensor x, Tensor targets, int[] code, bool shared)"
     " -> (Tensor, Tensor)",
-    reference=training_reference.population_loss_grad,
+    reference=grouped.population_loss_grad,
     fake=_fake_loss_grad,
     vmap=_op.lane_by_lane(lambda: population_loss_grad),
 )
 
 
 def _of(code: Sequence[int], shared: bool, targets: Tensor) -> Callable:
-    return lambda flat, x: training_reference.losses(flat, x, targets, code, shared)
+    return lambda flat, x: grouped.losses(flat, x, targets, code, shared)
 
 
 def _loss_backward(args: Sequence, needs: Sequence[bool], grad: Tensor) -> tuple:
@@ -53,7 +58,7 @@ def _loss_jvp(args: Sequence, *tangents: Tensor | None) -> Tensor:
 #: mean losses ``[N]``
 population_loss: Callable = _op.define(
     "population_loss(Tensor flat, Tensor x, Tensor targets, int[] code, bool shared) -> Tensor",
-    reference=training_reference.losses,
+    reference=grouped.losses,
     fake=lambda flat, *others: flat.new_empty(len(flat)),
     vmap=_op.lane_by_lane(lambda: population_loss),
     backward=_loss_backward,
@@ -80,7 +85,7 @@ population_steps: Callable = _op.define(
     "population_steps(Tensor flat, Tensor state, Tensor x, Tensor targets, Tensor batches, Tensor rates,"
     " int[] code, bool shared, int[] frozen, str optimizer, float[] settings, int first_step)"
     " -> (Tensor, Tensor, Tensor)",
-    reference=training_reference.population_steps,
+    reference=steps_by_torch,
     fake=_fake_steps,
     vmap=_op.lane_by_lane(lambda: population_steps),
 )

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from weightops.ops.population import reference
 from weightops.ops.population.program import decode
 
-#: one network at a step: ``(row [P], x [B, ...], step) -> logits [B, K]``, and ``row`` with running statistics moved
-Forward = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+#: at a step: ``(flat [N, P], x, targets, shared, step) -> mean losses [N], their gradients [N, P]``, and ``flat`` with
+#: running statistics moved
+TrainGrad = Callable[[Tensor, Tensor, Tensor, bool, int], tuple[Tensor, Tensor, Tensor]]
 
 
 def loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -22,18 +23,13 @@ def loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets)
 
 
-def own_targets(targets: Tensor) -> bool:
-    """Whether every network has targets of its own."""
-    return targets.dim() == (3 if targets.is_floating_point() else 2)
-
-
 def losses(flat: Tensor, x: Tensor, targets: Tensor, code: Sequence[int], shared: bool) -> Tensor:
     """Mean losses ``[N]`` of networks ``[N, P]``, in eval mode."""
 
     def one(row: Tensor, x: Tensor, targets: Tensor) -> Tensor:
         return loss(reference.run(row, x, code), targets)
 
-    dims = 0, None if shared else 0, 0 if own_targets(targets) else None
+    dims = 0, None if shared else 0, 0 if reference.own_targets(targets) else None
     return torch.func.vmap(one, dims)(flat, x, targets)
 
 
@@ -50,14 +46,18 @@ def loss_grad(
         logits, moved = forward(row, x)
         return loss(logits, targets), moved
 
-    dims = 0, None if shared else 0, 0 if own_targets(targets) else None
+    dims = 0, None if shared else 0, 0 if reference.own_targets(targets) else None
     differentiated = torch.func.grad_and_value(one, has_aux=True)
     grads, (losses, moved) = torch.func.vmap(differentiated, dims)(flat, x, targets)
     return losses, grads, moved
 
 
 def population_loss_grad(
-    flat: Tensor, x: Tensor, targets: Tensor, code: Sequence[int], shared: bool
+    flat: Tensor,
+    x: Tensor,
+    targets: Tensor,
+    code: Sequence[int],
+    shared: bool,
 ) -> tuple[Tensor, Tensor]:
     """Mean losses ``[N]`` of networks ``[N, P]`` and their gradients ``[N, P]``, in eval mode."""
 
@@ -66,6 +66,17 @@ def population_loss_grad(
 
     losses, grads, _ = loss_grad(forward, flat, x, targets, shared)
     return losses, grads
+
+
+def population_train_grad(
+    flat: Tensor, x: Tensor, targets: Tensor, code: Sequence[int], shared: bool, step: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`population_loss_grad` in training, and ``flat`` with running statistics moved."""
+
+    def forward(row: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.run_training(row, x, code, reference.share_at(step))
+
+    return loss_grad(forward, flat, x, targets, shared)
 
 
 def population_steps(
@@ -81,12 +92,10 @@ def population_steps(
     optimizer: str,
     settings: Sequence[float],
     first_step: int,
+    *,
+    train_grad: Callable = population_train_grad,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`steps` of a program; batch norm goes by the batch's own statistics, and the running ones follow."""
-
-    def forward(row: Tensor, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        return reference.run_training(row, x, code, lambda m: 1 / step if m is None else m)
-
     statistics = [
         bound
         for layer in decode(code)[1]
@@ -96,13 +105,13 @@ def population_steps(
     ]
     stays = [*frozen, *statistics]
     return steps(
-        *(forward, flat, state, x, targets, batches, rates, shared, stays, optimizer, settings),
-        first_step,
+        lambda flat, x, targets, shared, step: train_grad(flat, x, targets, code, shared, step),
+        *(flat, state, x, targets, batches, rates, shared, stays, optimizer, settings, first_step),
     )
 
 
 def steps(
-    forward: Forward,
+    train_grad: TrainGrad,
     flat: Tensor,
     state: Tensor,
     x: Tensor,
@@ -141,15 +150,11 @@ def steps(
     losses = flat.new_empty(len(batches), len(flat))
     for s, rows in enumerate(batches):
         step = first_step + s + 1
-
-        def at_step(row: Tensor, x: Tensor, step: int = step) -> tuple[Tensor, Tensor]:
-            return forward(row, x, step)
-
         if batches.shape[2]:
-            taken = _take(x, rows, shared), _take(targets, rows, not own_targets(targets))
-            losses[s], grads, moved = loss_grad(at_step, flat, *taken, False)
+            taken = _take(x, rows, shared), _take(targets, rows, not reference.own_targets(targets))
+            losses[s], grads, moved = train_grad(flat, *taken, False, step)
         else:
-            losses[s], grads, moved = loss_grad(at_step, flat, x, targets, shared)
+            losses[s], grads, moved = train_grad(flat, x, targets, shared, step)
         new, moments = update(flat, state, grads, rates, settings, step)
         flat, state = torch.where(moves, new, moved), torch.where(moves, moments, state)
     return flat.clone(), state.clone(), losses
