@@ -323,7 +323,7 @@ BAD_POPULATION: dict[str, list[tuple[Any, type, str]]] = {
     ],
     "spec_or_model": [
         (3, TYPE, "spec_or_model must be a module or a traced spec, not int 3"),
-        (SPEC, VALUE, "spec_or_model has no layers: .* pass the model"),
+        (SPEC, VALUE, "spec_or_model is a spec without layers, as .* pass the model"),
         (nn.Linear(3, 3), VALUE, "torch.export can't export Linear"),
     ],
     "x": [
