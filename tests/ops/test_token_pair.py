@@ -69,12 +69,12 @@ def test_gradients_are_the_same_to_the_bit_with_any_number_of_threads() -> None:
 
 
 @pytest.mark.parametrize("networks", [1, 3])
-def test_sums_by_sorting_are_those_of_the_definition(networks: int) -> None:
+def test_sums_for_devices_are_those_of_the_definition(networks: int) -> None:
     pairs = problem(networks, 7, 1, 1, 40)[0]
     values = torch.randn(3, 40, 5, generator=GENERATOR, dtype=torch.float64)
-    torch.testing.assert_close(
-        reference.sorted_sum(values, pairs, 9), reference.sum(values, pairs, 9)
-    )
+    expected = reference.sum(values, pairs, 9)
+    for each in (reference.sorted_sum, reference.indexed_sum):
+        torch.testing.assert_close(each(values, pairs, 9), expected)
 
 
 def test_a_network_that_is_not_finite_leaves_the_others_alone() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def tables(embedding: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -22,19 +23,26 @@ def tables(embedding: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def add(tables: Tensor, pairs: Tensor) -> Tensor:
     """``tables`` [M, 2, p, h], ``pairs`` [M or 1, B, 2] -> ``tables[m, 0, a] + tables[m, 1, b]`` [M, B, h]."""
-    first, second = (rows.reshape(-1) for rows in _rows(pairs, tables.shape[0], tables.shape[2]))
+    first, second = _rows(pairs, tables.shape[0], tables.shape[2])
     flat = tables.flatten(0, 2)
-    made = flat.index_select(0, first) + flat.index_select(0, second)
-    return made.view(tables.shape[0], pairs.shape[1], tables.shape[3])
+    # Faster than indexing, and Inductor (2.13) gets the vmapped derivatives of index_select wrong.
+    return F.embedding(first, flat) + F.embedding(second, flat)
 
 
 def sum(values: Tensor, pairs: Tensor, tokens: int) -> Tensor:
     """``values`` [M, B, h] summed over the pairs that have a token first, and second: [M, 2, tokens, h]."""
+    # Not index_add, whose forward derivatives Inductor (2.13) gets wrong.
+    zeros = values.new_zeros(values.shape[0], tokens, values.shape[2])
+    index = pairs[..., None].expand(values.shape[0], -1, -1, values.shape[2])
+    return torch.stack([zeros.scatter_add(1, index[:, :, n], values) for n in (0, 1)], 1)
+
+
+def indexed_sum(values: Tensor, pairs: Tensor, tokens: int) -> Tensor:
+    """:func:`sum` for CPUs, where ``index_add`` is one loop over the rows, four times faster than ``scatter_add``."""
     first, second = (rows.reshape(-1) for rows in _rows(pairs, values.shape[0], tokens))
     flat = values.flatten(0, 1)
-    # index_add on a CPU is one loop over the rows, so sums are in their order.
     made = flat.new_zeros(2 * tokens * values.shape[0], values.shape[2])
-    made = made.index_add(0, first, flat).index_add(0, second, flat)
+    made.index_add_(0, first, flat).index_add_(0, second, flat)
     return made.view(values.shape[0], 2, tokens, values.shape[2])
 
 
