@@ -61,6 +61,11 @@ def embedding(where: str, name: str, value: Any) -> None:
         raise TypeError(f"{where}: {name} must be float32 or float64, not {value.dtype}")
 
 
+def float_dtype(where: str, value: Any) -> None:
+    if value is not torch.float32 and value is not torch.float64:
+        raise ValueError(f"{where}: dtype must be float32 or float64, not {describe(value)}")
+
+
 def flag(where: str, name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{where}: {name} must be True or False, not {describe(value)}")

@@ -58,10 +58,10 @@ def test_networks_that_diverged_are_nan_and_the_others_are_fitted() -> None:
     torch.testing.assert_close(found.matrix[1], expected.matrix[1])
 
 
-@pytest.mark.parametrize("alpha", [None, 0.01])
-def test_signals_of_training_are_fitted(alpha: float | None) -> None:
+@pytest.mark.parametrize(("alpha", "least"), [(None, 0.5), (0.001, 0.2)])
+def test_signals_of_training_are_fitted(alpha: float | None, least: float) -> None:
     trained = circles.train(2, 11, 8, steps=80, width=16)
     found = circles.fit_dynamics(trained.signals, alpha=alpha)
     assert found.matrix.shape == (2, 5, 5)
-    assert (found.r2 > 0.3).all()
+    assert (found.r2 > least).all()
     assert found.rollout(trained.signals[0], 79).shape == trained.signals.shape

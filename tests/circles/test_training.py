@@ -80,7 +80,7 @@ def test_a_network_hangs_on_its_own_seed_alone() -> None:
     pair, alone = train(2, seed=[5, 9]), train(1, seed=[9])
     torch.testing.assert_close(pair.losses[:, 1:], alone.losses)
     assert pair.pairs[1].equal(alone.pairs[0])
-    assert not train(2).losses[0, 0] == train(2).losses[0, 1]
+    assert train(2).losses[0, 0] != train(2).losses[0, 1]
     shared = train(2, data_seed=[7, 7])
     assert shared.pairs[0].equal(shared.pairs[1])
     assert train(2).state.flat.equal(train(2).state.flat)
@@ -127,8 +127,7 @@ def test_small_and_composite_moduli_train(p: int) -> None:
 
 
 def test_networks_learn_to_add() -> None:
-    given = circles.train(2, 11, 24, steps=300, every=50, share=0.9)
+    given = circles.train(2, 31, 64, steps=300, every=100)
     assert (circles.pair_accuracy(given.flat, given.spec, given.pairs) == 1).all()
-    final = circles.pair_accuracy(given.flat, given.spec, given.held_out)
-    assert (final > 0.4).all()  # of 13 pairs; by chance 1 / 11
-    assert (circles.count_circles(weightops.fourier_signal(given.embedding)) <= 2).all()
+    held_out = circles.pair_accuracy(given.flat, given.spec, given.held_out)
+    assert (held_out > 0.3).all()  # by chance 1 / 31

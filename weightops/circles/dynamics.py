@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from weightops import _check
+from weightops.circles.signals import check_signals
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Dynamics:
         where = "rollout"
         _check.tensor(where, "start", start, "[M, K]", 2)
         _check.floating(where, "start", start)
+        _refuse_meta(where, "start", start)
         _check.count(where, "steps", steps, 0)
         if start.shape != self.offset.shape:
             raise ValueError(
@@ -43,6 +46,11 @@ class Dynamics:
             change = torch.einsum("mij,mj->mi", self.matrix, found[-1]) + self.offset
             found.append(found[-1] + change)
         return torch.stack(found)
+
+
+def _refuse_meta(where: str, name: str, value: Tensor) -> None:
+    if value.is_meta:
+        raise ValueError(f"{where}: {name} must have values, which a meta tensor has not")
 
 
 def fit_dynamics(signals: Tensor, *, alpha: float | None = None) -> Dynamics:
@@ -60,14 +68,15 @@ def fit_dynamics(signals: Tensor, *, alpha: float | None = None) -> Dynamics:
     Source: Ding et al. 2024, arXiv 2405.17420, section 5.
     """
     where = "fit_dynamics"
+    check_signals(where, signals, "[T, M, K]", 3)
     _check.tensor(where, "signals", signals, "[T, M, K]", 3)
-    _check.floating(where, "signals", signals)
+    _refuse_meta(where, "signals", signals)
     if len(signals) < 3 or signals.shape[2] < 1:
         raise ValueError(
             f"{where}: signals must have 3 steps and a frequency at least, not shape {list(signals.shape)}"
         )
     if alpha is not None:
-        _check.number(where, "alpha", alpha, 0, float("inf"))
+        _check.number(where, "alpha", alpha, 0, sys.float_info.max)
         if alpha == 0:
             raise ValueError(f"{where}: alpha must be above 0, or None for least squares")
     values = signals.detach().double().cpu().numpy()

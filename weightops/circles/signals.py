@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -27,10 +28,13 @@ def alive(signals: Tensor, *, by: Literal["mean", "level"] = "mean", level: floa
 
     Source: Ding et al. 2024, arXiv 2405.17420, section 3.
     """
-    where = "alive"
-    _check_signals(where, signals, "[..., K]", 1)
+    return _alive("alive", signals, by, level)
+
+
+def _alive(where: str, signals: Tensor, by: str, level: float) -> Tensor:
+    check_signals(where, signals, "[..., K]", 1)
     _check.choice(where, "by", by, ("mean", "level"))
-    _check.number(where, "level", level, 0, float("inf"))
+    _check.number(where, "level", level, 0, sys.float_info.max)
     if by == "level":
         return (signals > level) & signals.isfinite()
     return signals > 2 * signals.mean(-1, keepdim=True)
@@ -40,7 +44,7 @@ def count_circles(
     signals: Tensor, *, by: Literal["mean", "level"] = "mean", level: float = 10.0
 ) -> Tensor:
     """How many frequencies are :func:`alive`, int64 ``[...]``."""
-    return alive(signals, by=by, level=level).sum(-1)
+    return _alive("count_circles", signals, by, level).sum(-1)
 
 
 def frequency_gradients(signals: Tensor, *, step: int = 4) -> Tensor:
@@ -50,7 +54,7 @@ def frequency_gradients(signals: Tensor, *, step: int = 4) -> Tensor:
         signals: ``[R, ..., K]`` of every step from the first on, as :func:`train` records them.
     """
     where = "frequency_gradients"
-    _check_signals(where, signals, "[R, ..., K]", 2)
+    check_signals(where, signals, "[R, ..., K]", 2)
     _check.count(where, "step", step)
     if len(signals) <= step:
         raise ValueError(f"{where}: step is {step}, but signals has {len(signals)} steps")
@@ -97,7 +101,7 @@ def circularity(embedding: Tensor) -> Tensor:
     p = embedding.shape[-2]
     rows = _rows(embedding)
     seen = embedding[..., None, None, :, :] @ rows[..., None]  # [..., 2, K, p, 1]
-    of_k = fourier_transform(p, dtype=embedding.dtype, device=embedding.device).transpose(0, 1)
+    of_k = fourier_transform(p).to(embedding).transpose(0, 1)
     along = of_k @ seen  # [..., 2, K, 2, 1]
     squares = seen.square().sum((-2, -1))
     shares = 2 / p * along.square().sum((-2, -1)) / squares
@@ -156,8 +160,7 @@ def construct(
     _check.count(where, "p", p, 3)
     _check.count(where, "d", d)
     _check.seed(where, seed)
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{where}: dtype must be float32 or float64, not {_check.describe(dtype)}")
+    _check.float_dtype(where, dtype)
     count = (p - 1) // 2
     norms = _table(where, frequencies, signals, count)
     generator = torch.Generator().manual_seed(seed)
@@ -184,26 +187,25 @@ def _table(where: str, frequencies: Any, signals: Any, count: int) -> Tensor:
                 raise ValueError(
                     f"{where}: frequencies[{n}] must be different ones of 1..{count}, not {list(ks)}"
                 )
-            _check.number(where, f"signals[{n}]", value, 0, float("inf"))
+            _check.number(where, f"signals[{n}]", value, 0, sys.float_info.max)
             norms[n, k - 1] = value
     return norms
 
 
 def _rows(embedding: Tensor) -> Tensor:
     """The Fourier transform over the tokens, real and imaginary parts ``[..., 2, K, d]``."""
-    matrix = fourier_transform(embedding.shape[-2], dtype=embedding.dtype, device=embedding.device)
-    return matrix @ embedding[..., None, :, :]
+    return fourier_transform(embedding.shape[-2]).to(embedding) @ embedding[..., None, :, :]
 
 
 def _from_rows(rows: Tensor, p: int) -> Tensor:
     """The embedding ``[..., p, d]`` that has these rows, and no others."""
-    matrix = fourier_transform(p, dtype=rows.dtype, device=rows.device)
-    return 2 / p * (matrix.mT @ rows).sum(-3)
+    return 2 / p * (fourier_transform(p).to(rows).mT @ rows).sum(-3)
 
 
-def _check_signals(where: str, signals: Any, shape: str, least: int) -> None:
+def check_signals(where: str, signals: Any, shape: str, least: int) -> None:
     _check.tensor(where, "signals", signals, shape)
-    _check.floating(where, "signals", signals)
+    if signals.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{where}: signals must be float32 or float64, not {signals.dtype}")
     if signals.dim() < least:
         raise ValueError(f"{where}: signals must have shape {shape}, not {list(signals.shape)}")
 

@@ -121,8 +121,7 @@ def train(
     _check.number(where, "share", share, 0, 1)
     if int(p * p * share) < 1:
         raise ValueError(f"{where}: share is {share}, which is not one of {p * p} pairs")
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{where}: dtype must be float32 or float64, not {_check.describe(dtype)}")
+    _check.float_dtype(where, dtype)
     rates = population._rates(where, lr, num_models)
     called = population._probes(where, probes)
     seeds = network_seeds(where, seed, num_models)
@@ -168,6 +167,8 @@ def train(
 
 def _check_start(where: str, embedding: Any, networks: int, p: int, d: int) -> None:
     _check.embedding(where, "embedding", embedding)
+    if embedding.device.type != "cpu":
+        raise ValueError(f"{where}: embedding must be on cpu, not {embedding.device}")
     if list(embedding.shape) not in ([p, d], [networks, p, d]):
         raise ValueError(
             f"{where}: embedding must have shape {[p, d]} or {[networks, p, d]}, "

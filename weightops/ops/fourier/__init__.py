@@ -51,28 +51,20 @@ _signal: Callable = _op.define(
 )
 
 
-def fourier_transform(
-    p: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
-) -> Tensor:
+def fourier_transform(p: int) -> Tensor:
     """The discrete Fourier transform of length p as a matrix, each frequency once and without the mean.
 
     Returns:
-        ``[2, K, p]`` with K = (p - 1) // 2: ``cos(2 pi k n / p)`` and ``-sin(2 pi k n / p)`` for k = 1 .. K, as
-        the rows of ``torch.fft.fft``. Of an even p the frequency p / 2, which is no circle, is left out.
+        ``[2, K, p]`` with K = (p - 1) // 2, float64: ``cos(2 pi k n / p)`` and ``-sin(2 pi k n / p)`` for
+        k = 1 .. K, as the rows of ``torch.fft.fft``. Of an even p the frequency p / 2, which is no circle, is
+        left out.
 
     Raises:
-        ValueError: p < 3, or ``dtype`` is not float32 or float64.
-        TypeError: an argument has the wrong type.
+        ValueError: p < 3.
+        TypeError: p is no integer.
     """
-    where = "fourier_transform"
-    _check.count(where, "p", p, 3)
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{where}: dtype must be float32 or float64, not {dtype}")
-    try:
-        device = torch.device(device)
-    except (TypeError, RuntimeError):
-        raise TypeError(f"{where}: device must be one of torch's, not {device!r}") from None
-    return reference.transform(p, dtype, device)
+    _check.count("fourier_transform", "p", p, 3)
+    return reference.transform(p, torch.float64, torch.device("cpu"))
 
 
 def fourier_signal(embedding: Tensor) -> Tensor:
