@@ -3,6 +3,7 @@
 Source: Ding et al. 2024, "Survival of the Fittest Representation", arXiv 2405.17420.
 """
 
+from weightops.circles._sweep import sweep
 from weightops.circles.dynamics import Dynamics, fit_dynamics
 from weightops.circles.model import PairNetwork, pair_accuracy, pair_logits, pair_spec
 from weightops.circles.signals import (
@@ -32,5 +33,6 @@ __all__ = [
     "pair_logits",
     "pair_spec",
     "single_circle_accuracy",
+    "sweep",
     "train",
 ]
