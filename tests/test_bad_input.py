@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import bad_circles
 import bad_generate
 import bad_generators
 import bad_training
@@ -211,6 +212,7 @@ VALID: dict[str, tuple[Callable, dict[str, Any]]] = {
         WeightSpec.from_git_rebasin,
         {"permutations": {"h": [("w1", 0), ("b", 0), ("w2", 1)]}, "shapes": SPEC.shapes},
     ),
+    **bad_circles.VALID,
     **bad_generate.VALID,
     **bad_training.VALID,
     **bad_generators.VALID,
@@ -976,6 +978,7 @@ SWEEP |= {
     ("from_git_rebasin", "shapes"): [
         (None, TYPE, "shapes must be a module, a state dict or map names to shapes, not NoneType")
     ],
+    **bad_circles.SWEEP,
     **bad_generate.SWEEP,
     **bad_training.SWEEP,
 }
@@ -1087,7 +1090,15 @@ JUNK = st.recursive(
 )
 # Reasonable memory, not a reasonable number, is what bounds these.
 COUNTS = JUNK.filter(lambda value: type(value) is not int or value < 1000)
-BOUNDED = ("n", "points", "max_sweeps", "trials", "steps", *bad_generators.BOUNDED)
+BOUNDED = (
+    "n",
+    "points",
+    "max_sweeps",
+    "trials",
+    "steps",
+    *bad_circles.BOUNDED,
+    *bad_generators.BOUNDED,
+)
 
 
 @pytest.mark.parametrize("where", VALID)

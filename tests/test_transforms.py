@@ -16,10 +16,12 @@ from weightops.ops import equivariant as equivariant_op
 from weightops.ops import manifold as manifold_op
 from weightops.ops import permute as permute_op
 from weightops.ops import population as population_op
+from weightops.ops import token_pair
 from weightops.ops.equivariant.reference import per_term
 from weightops.ops.permute import reference
 from weightops.ops.permute.plan import plan
 from weightops.ops.population import training, training_reference
+from weightops.ops.token_pair import reference as token_pair_reference
 from weightops.ops.tokens import reference as tokens_reference
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -139,6 +141,28 @@ NETWORKS = torch.randn(2, SMALL_SPEC.numel, generator=GENERATOR, dtype=torch.flo
 INPUTS = torch.randn(4, 1, 3, 3, generator=GENERATOR, dtype=torch.float64)
 CLASSES = torch.tensor([0, 2, 1, 2])
 PROGRAM = SMALL_SPEC._cache["program"].encode(SMALL_SPEC.offsets)
+
+
+EMBEDDING = torch.randn(2, 5, 2, generator=GENERATOR, dtype=torch.float64)
+PAIR_WEIGHT = torch.randn(2, 3, 4, generator=GENERATOR, dtype=torch.float64)
+PAIR_BIAS = torch.randn(2, 3, generator=GENERATOR, dtype=torch.float64)
+PAIRS = torch.tensor([[[0, 1], [4, 4], [0, 3]], [[2, 2], [3, 1], [1, 0]]])
+
+
+def by_concatenation(pairs: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    rows = [e[p].flatten(1) for e, p in zip(embedding, pairs.expand(len(embedding), -1, -1))]
+    return torch.baddbmm(bias[:, None], torch.stack(rows), weight.mT)
+
+
+def pairs_of_everything(layer: Callable[..., Tensor], values: Tensor) -> Tensor:
+    """``layer`` of an embedding, weights and biases that all hang on ``values`` [2, 5, 2]; shared pairs."""
+    weight = values.sum((1, 2))[:, None, None] * PAIR_WEIGHT + values[:, :3].repeat(1, 1, 2)
+    return layer(
+        PAIRS[:1] if layer is by_concatenation else PAIRS[0],
+        values,
+        weight,
+        values[:, 1:4, 0].cos(),
+    )
 
 
 class Case(NamedTuple):
@@ -331,6 +355,32 @@ CASES = {
         PACKED,
         "token_unpack",
     ),
+    "token_pair_linear": Case(
+        lambda x: weightops.token_pair_linear(PAIRS, x, PAIR_WEIGHT, PAIR_BIAS),
+        lambda x: by_concatenation(PAIRS, x, PAIR_WEIGHT, PAIR_BIAS),
+        EMBEDDING,
+        "token_pair_add",
+    ),
+    "token_pair_linear-everything": Case(
+        lambda x: pairs_of_everything(weightops.token_pair_linear, x),
+        lambda x: pairs_of_everything(by_concatenation, x),
+        EMBEDDING,
+        "token_pair_add",
+    ),
+    "token_pair_sum": Case(
+        lambda x: token_pair.token_pair_sum(x, PAIRS, 5),
+        lambda x: token_pair_reference.sum(x, PAIRS, 5),
+        torch.randn(2, 3, 2, generator=GENERATOR, dtype=torch.float64),
+        "token_pair_sum",
+    ),
+    "fourier_signal": Case(
+        weightops.fourier_signal,
+        lambda x: torch.stack(
+            [torch.fft.fft(x, dim=1)[:, k].abs().square().sum(1).sqrt() for k in (1, 2)], 1
+        ),
+        EMBEDDING,
+        "fourier_signal",
+    ),
     "population": Case(
         lambda x: population_op.population_logits(x, INPUTS, PROGRAM, True),
         lambda x: population_op.reference.population_logits(x, INPUTS, PROGRAM, True),
@@ -385,6 +435,7 @@ def test_traced_transform_equals_reference(case: str, name: str) -> None:
         *("permute", "permute_axes", "merge-both", "equivariant", "stack"),
         *("manifold-everything", "manifold_conv", "synthesize-both"),
         *("tokens-standardised", "tokens-back"),
+        *("token_pair_linear-everything", "token_pair_sum", "fourier_signal"),
     ],
 )
 def test_compiled_transform_equals_reference(case: str, name: str) -> None:

@@ -7,6 +7,7 @@ from weightops import _load
 from weightops._version import __version__
 from weightops.ops.assign import assign
 from weightops.ops.equivariant import EquivariantPlan, equivariant_linear
+from weightops.ops.fourier import fourier_signal, fourier_transform
 from weightops.ops.manifold import (
     manifold_conv1d,
     manifold_conv2d,
@@ -17,6 +18,7 @@ from weightops.ops.manifold import (
 from weightops.ops.match import match_weights as _match_weights  # noqa: F401  (declares its op)
 from weightops.ops.permute import merge, permute, permute_axes
 from weightops.ops.population import training as _training  # noqa: F401  (likewise)
+from weightops.ops.token_pair import token_pair_linear
 from weightops.ops.tokens import token_pack as _token_pack  # noqa: F401  (likewise)
 from weightops.spec import WeightSpec
 
@@ -49,6 +51,8 @@ __all__ = [
     "assign",
     "equivariant_linear",
     "explain",
+    "fourier_signal",
+    "fourier_transform",
     "manifold_conv1d",
     "manifold_conv2d",
     "manifold_linear",
@@ -59,6 +63,7 @@ __all__ = [
     "population_loss",
     "synthesize",
     "synthesize_update_",
+    "token_pair_linear",
     "trace",
     "verify",
 ]

@@ -50,6 +50,22 @@ def floating(where: str, name: str, value: Tensor) -> None:
         raise TypeError(f"{where}: {name} must be floating point, not {value.dtype}")
 
 
+def embedding(where: str, name: str, value: Any) -> None:
+    """``value`` must be ``[p, d]`` or ``[M, p, d]`` of float32 or float64."""
+    tensor(where, name, value, "[p, d] or [M, p, d]")
+    if value.dim() not in (2, 3):
+        raise ValueError(
+            f"{where}: {name} must have shape [p, d] or [M, p, d], not {list(value.shape)}"
+        )
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{where}: {name} must be float32 or float64, not {value.dtype}")
+
+
+def float_dtype(where: str, value: Any) -> None:
+    if value is not torch.float32 and value is not torch.float64:
+        raise ValueError(f"{where}: dtype must be float32 or float64, not {describe(value)}")
+
+
 def flag(where: str, name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{where}: {name} must be True or False, not {describe(value)}")
