@@ -38,8 +38,9 @@ def _backends(name: str) -> dict[str, str]:
     cpu = "C++" if _load.has_kernel(name, "cpu") else "reference (plain torch)"
     cuda = "CUDA C++" if _load.has_kernel(name, "cuda") else "reference (plain torch)"
     cuda = _op.served.get((name, "cuda"), cuda)
-    if _op.served.get((name, "cpu")) in _op.names:
-        cpu = _backends(_op.served[name, "cpu"])["cpu"]
+    cpu = _op.served.get((name, "cpu"), cpu)
+    if cpu in _op.names:
+        cpu = _backends(cpu)["cpu"]
     if name in ("assign", "match_weights"):
         # Solved on the host wherever the tensors are.
         cpu = cuda = "C++" if _load.has_kernel(name, "cpu") else "scipy"
