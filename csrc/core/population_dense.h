@@ -30,7 +30,8 @@ class DenseTiles {
       if (!(linear || follows) || layer.inputs[0] != int64_t(l)) return false;
       if (!linear) continue;
       products += layer.weight_size();
-      formed += Kernel::padded(layer.taken.numel()) * ((layer.made.numel() + 15) / 16 * 16);
+      const int64_t halves = (layer.made.numel() + kNarrow - 1) / kNarrow;
+      formed += Kernel::padded(layer.taken.numel()) * halves * kNarrow;
     }
     return kAdvantage * products > formed;
   }
@@ -177,7 +178,7 @@ class DenseTiles {
 
     // The first `count` of them.
     static WEIGHTOPS_INLINE void write(float* to, const Vector& values, int64_t count) {
-      const unsigned mask = count < 16 ? (1u << count) - 1 : 0xffff;
+      const unsigned mask = count < kNarrow ? (1u << count) - 1 : 0xffff;
       asm volatile("kmovw %2, %%k1\n vmovups %1, (%0)%{%%k1%}" ::"r"(to), "v"(values), "r"(mask)
                    : "k1", "memory");
     }
@@ -220,7 +221,7 @@ class DenseTiles {
 
   // Lines that are written soon: stores that wait for them would hold up those of the tiles.
   static WEIGHTOPS_INLINE void fetch(const float* at, int64_t count) {
-    for (const float* end = at + count; at < end; at += 16)
+    for (const float* end = at + count; at < end; at += 64 / sizeof(float))
       asm volatile("prefetchw (%0)" ::"r"(at));
   }
 
