@@ -18,7 +18,8 @@ NATIVE_TESTS = [
         f"tests/ops/test_{name}.py"
         for name in ("assign", "equivariant", "manifold", "match", "permute")
     ),
-    *("tests/population/test_forward.py", "tests/population/test_training.py"),
+    *(f"tests/population/test_{name}.py" for name in ("forward", "pairs", "training")),
+    "tests/circles/test_training.py",
     *("tests/tokens/test_packing.py", "tests/tokens/test_statistics.py"),
 ]
 

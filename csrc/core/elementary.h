@@ -146,10 +146,25 @@ WEIGHTOPS_INLINE Vector<Arithmetic> exp(const Vector<Arithmetic>& given) {
   }
 }
 
+// 1 / x of normal numbers within 2 units of the last place.
+template <class Arithmetic>
+WEIGHTOPS_INLINE Vector<Arithmetic> reciprocal(const Vector<Arithmetic>& x) {
+  using Number = typename Arithmetic::Number;
+#if WEIGHTOPS_X86
+  if constexpr (Arithmetic::bytes == 64 && std::is_same_v<Number, float>) {
+    // Newton's step on an estimate of 14 bits, for half of a division's time.
+    Vector<Arithmetic> near;
+    asm("vrcp14ps %1, %0" : "=v"(near) : "v"(x));
+    return near + near * (Number(1) - x * near);
+  }
+#endif
+  return Number(1) / x;
+}
+
 // 1 / (1 + e^-x)
 template <class Arithmetic>
 WEIGHTOPS_INLINE Vector<Arithmetic> sigmoid(const Vector<Arithmetic>& x) {
-  return typename Arithmetic::Number(1) / (exp<Arithmetic>(-x) + typename Arithmetic::Number(1));
+  return reciprocal<Arithmetic>(exp<Arithmetic>(-x) + typename Arithmetic::Number(1));
 }
 
 template <class Arithmetic>

@@ -61,27 +61,63 @@ WEIGHTOPS_INLINE void backward_pool(const Layer& layer, const Backward<Number>& 
   }
 }
 
-// d activation / dx, of the input x and the output y.
+// An activation and its slope at x.
+template <class Vector>
+struct Activated {
+  Vector value, slope;
+};
+
 template <class Arithmetic, Kind kind, class Vector = typename Arithmetic::Vector>
-WEIGHTOPS_INLINE Vector slope(const Vector& x, const Vector& y) {
+WEIGHTOPS_INLINE Activated<Vector> activate_with_slope(const Vector& x) {
   using Number = typename Arithmetic::Number;
-  if constexpr (kind == Kind::relu) return y > 0 ? Vector{} + Number(1) : Vector{};
-  if constexpr (kind == Kind::tanh) return Number(1) - y * y;
   if constexpr (kind == Kind::silu) {
-    const Vector share = elementary::sigmoid<Arithmetic>(x);
-    return share * (Number(1) + x * (Number(1) - share));
+    const Vector share = elementary::sigmoid<Arithmetic>(x), value = x * share;
+    return {value, share + value * (Number(1) - share)};
   }
   if constexpr (kind == Kind::gelu) {
     const Vector density =
         elementary::exp<Arithmetic>(x * x * Number(-0.5)) * Number(0.39894228040143267794);
-    return elementary::normal<Arithmetic>(x) + x * density;
+    const Vector below = elementary::normal<Arithmetic>(x);
+    return {x * below, below + x * density};
   }
   if constexpr (kind == Kind::gelu_tanh) {
     const Vector u = (x + x * x * x * Number(0.044715)) * Number(1.5957691216057308);
-    const Vector share = elementary::sigmoid<Arithmetic>(u);
+    const Vector share = elementary::sigmoid<Arithmetic>(u), value = x * share;
     const Vector rise = (Number(1) + x * x * Number(3 * 0.044715)) * Number(1.5957691216057308);
-    return share + x * share * (Number(1) - share) * rise;
+    return {value, share + value * (Number(1) - share) * rise};
   }
+}
+
+template <class Arithmetic, Kind kind, class Number = typename Arithmetic::Number>
+WEIGHTOPS_INLINE void forward_slope_of(int64_t count, Number* from, Number* out) {
+  for (int64_t at = 0; at < count; at += Arithmetic::lanes) {
+    const auto made = activate_with_slope<Arithmetic, kind>(Arithmetic::load(from + at));
+    Arithmetic::store(out + at, made.value);
+    Arithmetic::store(from + at, made.slope);
+  }
+}
+
+// An activation whose slope takes the place of what it reads, so that nothing is computed twice.
+template <class Arithmetic, class Number = typename Arithmetic::Number>
+void forward_slope(const Layer& layer, Number* from, Number* out, int64_t width) {
+  const int64_t count = layer.taken.numel() * width;
+  enter<Arithmetic::bytes>([&]() __attribute__((always_inline)) {
+    switch (layer.kind) {
+      case Kind::silu: return forward_slope_of<Arithmetic, Kind::silu>(count, from, out);
+      case Kind::gelu: return forward_slope_of<Arithmetic, Kind::gelu>(count, from, out);
+      default: return forward_slope_of<Arithmetic, Kind::gelu_tanh>(count, from, out);
+    }
+  });
+}
+
+// d activation / dx, of the input x and the output y.
+template <class Arithmetic, Kind kind, class Vector = typename Arithmetic::Vector>
+WEIGHTOPS_INLINE Vector slope(const Vector& x, const Vector& y) {
+  using Number = typename Arithmetic::Number;
+  if constexpr (kind == Kind::tanh)
+    return Number(1) - y * y;
+  else
+    return activate_with_slope<Arithmetic, kind>(x).slope;
 }
 
 template <class Arithmetic, Kind kind, class Number = typename Arithmetic::Number>
@@ -93,6 +129,8 @@ WEIGHTOPS_INLINE void backward_activation(int64_t count, const Backward<Number>&
     // ReLU passes nothing on, not even what is not finite.
     if constexpr (kind == Kind::relu)
       grad = y > 0 ? grad : Vector{};
+    else if (job.slope)
+      grad *= x;
     else
       grad *= slope<Arithmetic, kind>(x, y);
     if (!job.fresh[0]) grad += Arithmetic::load(job.into[0] + at);

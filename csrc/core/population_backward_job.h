@@ -13,6 +13,7 @@ struct Backward {
   bool fresh[2];    // nothing is in them yet
   bool rectifies;   // a pool: its input is what a ReLU made, whose part is done here, on fewer
                     // numbers
+  bool slope;       // an activation: its input's place holds its slope
   Number *weight, *bias;  // sums of every lane, null without
   int64_t width;
 };

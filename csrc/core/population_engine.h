@@ -3,7 +3,7 @@
 
 #include <optional>
 
-#include "population_layout.h"
+#include "population_pairs.h"
 #include "population_schedule.h"
 
 namespace weightops::population {
@@ -18,7 +18,7 @@ class LayerByLayer {
       : plan_(plan), schedule_(plan), width_(width_of(samples)), products_(schedule_.steps.size()) {
     for (size_t s = 0; s < products_.size(); ++s) {
       const Layer& layer = layer_of(s);
-      if (population::packed_size(layer) > 0) products_[s].emplace(layer, width_);
+      if (multiplies(layer)) products_[s].emplace(layer, width_);
       working_ = std::max(working_, workspace_size(layer, width_));
     }
   }
@@ -29,7 +29,7 @@ class LayerByLayer {
 
   void pack(const Number* row, Number* packed) const {
     for (size_t s = 0; s < products_.size(); ++s)
-      pack_layer<Arithmetic>(layer_of(s), row, packed + schedule_.steps[s].packed);
+      population::pack<Arithmetic>(layer_of(s), row, packed + schedule_.steps[s].packed);
   }
 
   void prepare(const Number* x, int64_t images, Number* block) const {
@@ -59,6 +59,8 @@ class LayerByLayer {
       Number* out = room + step.out * width_;
       if (products_[s])
         products_[s]->run(row, packed + step.packed, inputs[0], out, workspace, step.rectify);
+      else if (layer_of(s).kind == Kind::token_pair)
+        add_tables<Arithmetic>(layer_of(s), packed + step.packed, inputs[0], out, width_);
       else
         forward_layer<Arithmetic>(layer_of(s), row, packed, inputs, out, width_, workspace);
     }

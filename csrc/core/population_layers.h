@@ -123,10 +123,17 @@ inline int64_t workspace_size(const Layer& layer, int64_t width) {
   return pads ? padded_numel(layer) * width : 0;
 }
 
-// Numbers of what pack_layer writes.
+inline bool multiplies(const Layer& layer) {
+  return layer.kind == Kind::linear || layer.kind == Kind::conv;
+}
+
+// Numbers of a token's row in the tables of population_pairs.h: a multiple of every vector's.
+inline int64_t table_row(const Layer& layer) { return (layer.made.channels + 15) / 16 * 16; }
+
+// Numbers of what forward reads instead of a layer's weights.
 inline int64_t packed_size(const Layer& layer) {
-  const bool weighs = layer.kind == Kind::linear || layer.kind == Kind::conv;
-  return weighs ? layer.weight_size() : 0;
+  if (layer.kind == Kind::token_pair) return 2 * layer.tokens * table_row(layer);
+  return multiplies(layer) ? layer.weight_size() : 0;
 }
 
 // How the outputs of a convolution, or of a linear layer, are cut: `taps` numbers of a weight each.
@@ -144,7 +151,7 @@ struct Outputs {
 // group after group, chunk of outputs after chunk, [tap][output].
 template <class Arithmetic, class Number = typename Arithmetic::Number>
 void pack_layer(const Layer& layer, const Number* row, Number* packed) {
-  if (packed_size(layer) == 0) return;
+  if (!multiplies(layer)) return;
   const Outputs all(layer, Tile<Arithmetic::bytes>::outputs);
   const Number* weight = row + layer.weight;
   for (int64_t group = 0; group < all.groups; ++group)
@@ -417,7 +424,7 @@ template <class Arithmetic, class Number = typename Arithmetic::Number>
 void forward_layer(const Layer& layer, const Number* row, const Number* packed,
                    const Number* const inputs[2], Number* out, int64_t width, Number* workspace,
                    bool rectify = false) {
-  if (layer.kind == Kind::linear || layer.kind == Kind::conv)
+  if (multiplies(layer))
     return Products<Arithmetic>(layer, width).run(row, packed, inputs[0], out, workspace, rectify);
   enter<Arithmetic::bytes>([&]() __attribute__((always_inline)) {
     forward_other<Arithmetic>(layer, row, inputs, out, width);

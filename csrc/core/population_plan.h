@@ -1,9 +1,11 @@
 // A network's layers, as weightops/ops/population/program.py writes them.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 namespace weightops::population {
@@ -22,6 +24,7 @@ enum class Kind {
   group_norm,
   layer_norm,
   add,
+  token_pair,
   count
 };
 
@@ -37,6 +40,7 @@ struct Layer {
   int64_t inputs[2];  // values: 0 is the network's input, i + 1 what layer i makes; -1: none
   Shape taken, made;
   int64_t weight, bias, mean, variance;  // where they begin in a network's row; -1: none
+  int64_t embedding, tokens, features;   // of token_pair: where [tokens, features] begins
   int64_t kernel[2], stride[2], padding[2], dilation[2];
   int64_t groups;       // of convolutions and group norm
   bool counts_padding;  // average pools
@@ -49,13 +53,14 @@ struct Layer {
       case Kind::linear: return taken.numel() * made.numel();
       case Kind::conv: return made.channels * (taken.channels / groups) * kernel[0] * kernel[1];
       case Kind::layer_norm: return taken.numel();
+      case Kind::token_pair: return made.channels * 2 * features;
       default: return taken.channels;
     }
   }
   int64_t bias_size() const {
-    return kind == Kind::linear || kind == Kind::conv ? made.channels
-           : kind == Kind::layer_norm                 ? taken.numel()
-                                                      : taken.channels;
+    return kind == Kind::linear || kind == Kind::conv || kind == Kind::token_pair ? made.channels
+           : kind == Kind::layer_norm                                             ? taken.numel()
+                                                                                  : taken.channels;
   }
 };
 
@@ -64,6 +69,14 @@ struct Plan {
   std::vector<Layer> layers;
 
   int64_t outputs() const { return layers.back().made.numel(); }
+  // How many tokens a sample's numbers name; 0: they are no tokens.
+  int64_t tokens() const {
+    int64_t least = 0;
+    for (const Layer& layer : layers)
+      if (layer.kind == Kind::token_pair)
+        least = least ? std::min(least, layer.tokens) : layer.tokens;
+    return least;
+  }
   // Numbers of a value of one sample.
   int64_t numel(int64_t value) const { return value == 0 ? taken : layers[value - 1].made.numel(); }
 
@@ -96,6 +109,12 @@ struct Plan {
         layer.dilation[axis] = settings[6 + axis];
       }
       layer.groups = layer.kind == Kind::group_norm ? settings[0] : settings[8];
+      layer.embedding = -1;
+      if (layer.kind == Kind::token_pair) {
+        std::swap(layer.embedding, layer.mean);
+        layer.tokens = settings[0];
+        layer.features = settings[1];
+      }
       layer.counts_padding = settings[8] == 1;
       for (double* number : {&layer.eps, &layer.momentum}) {
         const int64_t bits = next();
@@ -135,6 +154,10 @@ struct Plan {
                 ? layer.groups > 0 && layer.taken.channels % layer.groups == 0 &&
                       layer.made.channels % layer.groups == 0
                 : layer.made.channels == layer.taken.channels);
+    } else if (layer.kind == Kind::token_pair) {
+      check(layer.inputs[0] == 0 && layer.taken.numel() == 2 && layer.made.pixels() == 1 &&
+            layer.tokens > 0 && layer.tokens < kMost && layer.features > 0 &&
+            layer.features < kMost && layer.embedding >= 0);
     } else if (layer.kind == Kind::linear) {
       check(layer.made.pixels() == 1);
     } else {
@@ -142,7 +165,8 @@ struct Plan {
     }
     if (layer.kind == Kind::group_norm)
       check(layer.groups > 0 && layer.taken.channels % layer.groups == 0);
-    const bool weighs = layer.kind == Kind::linear || layer.kind == Kind::conv;
+    const bool weighs =
+        layer.kind == Kind::linear || layer.kind == Kind::conv || layer.kind == Kind::token_pair;
     const bool runs = layer.kind == Kind::batch_norm;
     const auto held = [&](int64_t place, int64_t size) {
       check(place == -1 || (place >= 0 && size <= weights && place <= weights - size));
@@ -152,6 +176,7 @@ struct Plan {
     held(layer.bias, layer.bias_size());
     held(layer.mean, layer.taken.channels);
     held(layer.variance, layer.taken.channels);
+    held(layer.embedding, layer.tokens * layer.features);
   }
 
   static void check(bool fits) {

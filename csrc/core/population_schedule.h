@@ -34,14 +34,13 @@ struct Schedule {
     std::vector<int64_t> slot_of(layers + 1, -1);
     for (int64_t l = 0; l < layers; ++l) {
       const Layer& layer = plan.layers[l];
-      const bool multiplies = layer.kind == Kind::linear || layer.kind == Kind::conv;
-      const bool rectify = multiplies && l + 1 < layers && readers[l + 1] == 1 &&
+      const bool rectify = multiplies(layer) && l + 1 < layers && readers[l + 1] == 1 &&
                            plan.layers[l + 1].kind == Kind::relu && last[l + 1] == l + 1;
       Step step{l, rectify, {-1, -1}, 0, packed};
       packed += packed_size(layer);
       for (int64_t i = 0; i < inputs_of(layer); ++i) step.inputs[i] = slot_of[layer.inputs[i]];
       const int64_t value = l + 1 + rectify, size = layer.made.numel();
-      const bool in_place = !multiplies && layer.kind != Kind::max_pool &&
+      const bool in_place = !multiplies(layer) && layer.kind != Kind::max_pool &&
                             layer.kind != Kind::average_pool && step.inputs[0] >= 0 &&
                             last[layer.inputs[0]] == l;
       int64_t slot = in_place ? step.inputs[0] : 0;

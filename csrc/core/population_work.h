@@ -19,6 +19,7 @@ struct Work {
     bool skips, skips_back;  // forward or backward: another layer has done its part
     bool fresh[2];           // backward: nothing is in its inputs' gradients yet
     bool rectifies;          // backward: a max pool, for the ReLU before it
+    bool keeps_slope;        // an activation: its slope takes the place of what it reads
     int64_t weight, bias;    // where sums of gradients lie
     int64_t product, packed;
   };
@@ -77,14 +78,19 @@ struct Work {
     }
   }
 
-  // Whether a layer is a ReLU that may take the place of what it reads: nobody else reads that, and
-  // the layer that made it does not look at it again.
   bool rectifies(const Layer& layer, const std::vector<int>& readers) const {
+    return layer.kind == Kind::relu && owns_input(layer, readers);
+  }
+
+  // Whether a layer may write over what it reads: nobody else reads that, and the layer that made
+  // it does not look at it again.
+  bool owns_input(const Layer& layer, const std::vector<int>& readers) const {
     const int64_t input = layer.inputs[0];
-    if (layer.kind != Kind::relu || input == 0 || readers[input] > 1) return false;
+    if (input == 0 || readers[input] > 1) return false;
     switch (plan.layers[input - 1].kind) {
       case Kind::linear:
       case Kind::conv:
+      case Kind::token_pair:
       case Kind::batch_norm:
       case Kind::group_norm:
       case Kind::layer_norm:
@@ -118,13 +124,16 @@ struct Work {
         products += layer.made.channels * padded(layer.taken.numel());
         widest = std::max(widest, padded(layer.taken.numel()));
         reads_rows |= layer.inputs[0] == 0;
+      } else if (layer.kind == Kind::token_pair) {
+        sums += packed_size(layer);
       } else if (layer.weight >= 0) {
         sums += layer.weight_size() * lanes;
       }
       step.bias = sums;
-      if (layer.bias >= 0) sums += layer.bias_size() * lanes;
+      if (layer.bias >= 0 && layer.kind != Kind::token_pair) sums += layer.bias_size() * lanes;
       // Packing a linear layer is as much work as a block of images, and repaid by several.
-      step.packs = layer.kind == Kind::conv || (linear && most_rows > width);
+      step.packs = layer.kind == Kind::conv || layer.kind == Kind::token_pair ||
+                   (linear && most_rows > width);
       if (step.packs) packed += packed_size(layer);
       room = std::max(room, workspace_size(layer, width));
     }
@@ -140,7 +149,11 @@ struct Work {
     for (int64_t l = layers() - 1; l >= 0; --l) {
       const Layer& layer = plan.layers[l];
       Step& step = steps[l];
-      step.skips = in_place(l) && steps[layer.inputs[0] - 1].packs;
+      step.keeps_slope =
+          (layer.kind == Kind::silu || layer.kind == Kind::gelu || layer.kind == Kind::gelu_tanh) &&
+          owns_input(layer, readers);
+      step.skips = in_place(l) && steps[layer.inputs[0] - 1].packs &&
+                   multiplies(plan.layers[layer.inputs[0] - 1]);
       // Nothing comes of what the output does not depend on, and a pool that alone reads what a
       // ReLU made has done its part.
       step.skips_back = !reached[place[l + 1]] || (in_place(l) && pooled[l + 1]);

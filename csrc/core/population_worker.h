@@ -8,6 +8,7 @@
 #include "population_backward.h"
 #include "population_batch_norm.h"
 #include "population_loss.h"
+#include "population_pairs.h"
 #include "population_work.h"
 
 namespace weightops::population {
@@ -24,7 +25,8 @@ class Worker {
       : plan_(plan), work_(plan, most_rows, whole, training), width_(work_.width) {
     for (int64_t l = 0; l < work_.layers(); ++l) {
       products_of_.emplace_back();
-      if (work_.steps[l].packs) products_of_.back().emplace(plan.layers[l], width_);
+      if (work_.steps[l].packs && multiplies(plan.layers[l]))
+        products_of_.back().emplace(plan.layers[l], width_);
     }
     for (const int64_t l : work_.norms) norms_.emplace_back(plan.layers[l]);
     sums_.get(work_.sums);
@@ -51,7 +53,7 @@ class Worker {
     for (auto& norm : norms_) norm.clear();
     for (int64_t l = 0; l < work_.layers(); ++l)
       if (work_.steps[l].packs)
-        pack_layer<Arithmetic>(plan_.layers[l], row, packed_.get(0) + work_.steps[l].packed);
+        pack<Arithmetic>(plan_.layers[l], row, packed_.get(0) + work_.steps[l].packed);
     // Between two norms all blocks go through the layers, one after the other: statistics are of
     // the whole batch. Behind the last one a block turns back at once.
     const int64_t stages = norms_.size();
@@ -72,7 +74,7 @@ class Worker {
     for (int64_t stage = stages - 1; stage >= 0; --stage) each_block([&] { backward(stage, row); });
     if (work_.keeps) taken_ = samples.x;
     std::fill_n(grads, weights, Number(0));
-    collect(grads);
+    collect(row, grads);
     return loss;
   }
 
@@ -150,7 +152,11 @@ class Worker {
       const Number* inputs[] = {value(layer.inputs[0]),
                                 layer.inputs[1] >= 0 ? value(layer.inputs[1]) : nullptr};
       Number* out = value(l + 1);
-      if (step.packs)
+      if (layer.kind == Kind::token_pair)
+        add_tables<Arithmetic>(layer, packed_.get(0) + step.packed, inputs[0], out, width_);
+      else if (step.keeps_slope)
+        forward_slope<Arithmetic>(layer, value(layer.inputs[0]), out, width_);
+      else if (step.packs)
         products_of_[l]->run(row, packed_.get(0) + step.packed, inputs[0], out, room_.get(0),
                              step.followed);
       else if (layer.kind == Kind::linear)
@@ -202,12 +208,17 @@ class Worker {
       const Layer& layer = plan_.layers[l];
       const auto& step = work_.steps[l];
       if (step.skips_back) continue;
+      if (layer.kind == Kind::token_pair) {
+        gather_tables<Arithmetic>(layer, value(0), grad(l + 1), width_, sums_.get(0) + step.weight);
+        continue;
+      }
       Backward<Number> job{};
       job.row = row;
       job.out = value(l + 1);
       job.grad = grad(l + 1);
       job.width = width_;
       job.rectifies = step.rectifies;
+      job.slope = step.keeps_slope;
       for (int i = 0; i < 2; ++i) {
         if (layer.inputs[i] < 0) continue;
         job.from[i] = value(layer.inputs[i]);
@@ -264,13 +275,18 @@ class Worker {
   }
 
   // Sums of lanes become gradients of weights.
-  void collect(Number* grads) {
+  void collect(const Number* row, Number* grads) {
     for (auto& norm : norms_) norm.collect(grads);
+    for (int64_t l = 0; l < work_.layers(); ++l)
+      if (plan_.layers[l].kind == Kind::token_pair)
+        collect_tables<Arithmetic>(plan_.layers[l], row, sums_.get(0) + work_.steps[l].weight,
+                                   grads);
     enter<Arithmetic::bytes>([&]() __attribute__((always_inline)) {
       const Number* sums = sums_.get(0);
       for (int64_t l = 0; l < work_.layers(); ++l) {
         const Layer& layer = plan_.layers[l];
         const auto& step = work_.steps[l];
+        if (layer.kind == Kind::token_pair) continue;
         if (layer.bias >= 0) total(sums + step.bias, layer.bias_size(), grads + layer.bias);
         if (layer.kind == Kind::linear) {
           const int64_t inputs = layer.taken.numel(), stride = Work<Arithmetic>::padded(inputs);

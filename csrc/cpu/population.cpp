@@ -1,7 +1,7 @@
 // population_logits and population_eval for the CPU dispatch key.
 #include "../core/population.h"
 
-#include "common.h"
+#include "population_tokens.h"
 
 namespace weightops {
 namespace {
@@ -32,6 +32,7 @@ struct Call {
     STD_TORCH_CHECK(
         flat.scalar_type() == ScalarType::Float || flat.scalar_type() == ScalarType::Double, name,
         ": flat must be float32 or float64");
+    check_tokens(name, plan, x);
   }
 
   template <class Number>

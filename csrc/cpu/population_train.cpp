@@ -2,10 +2,11 @@
 // threads.
 #include "../core/population_train.h"
 
+#include <optional>
 #include <string>
 #include <tuple>
 
-#include "common.h"
+#include "population_tokens.h"
 
 namespace weightops {
 namespace {
@@ -38,6 +39,7 @@ struct Data {
     rows = x.size(axes);
     STD_TORCH_CHECK(rows > 0 && x.numel() == rows * plan.taken * (shared ? 1 : networks), op,
                     ": x must have rows, of as many numbers as the program takes");
+    check_tokens(op, plan, x);
     values = targets.scalar_type() == flat.scalar_type();
     STD_TORCH_CHECK(values || targets.scalar_type() == ScalarType::Long, op,
                     ": targets must be int64, or of flat's dtype");
@@ -105,11 +107,16 @@ std::tuple<Tensor, Tensor> population_loss_grad(const Tensor& flat, const Tensor
 template <class Number>
 void run_steps(const Data& data, const Tensor& batches, const Tensor& rates,
                const population::Optimizer& optimizer, const std::vector<int64_t>& trained,
-               int64_t first_step, Tensor& flat, Tensor& state, Tensor& losses) {
+               int64_t first_step, const std::vector<int64_t>& probe, Tensor& flat, Tensor& state,
+               Tensor& losses, Tensor& found_signals) {
   const int64_t steps = batches.size(0), batch = batches.size(2), networks = data.networks;
   auto* weights = static_cast<Number*>(flat.mutable_data_ptr());
   auto* moments = static_cast<Number*>(state.mutable_data_ptr());
   auto* found = static_cast<Number*>(losses.mutable_data_ptr());
+  std::optional<population::Signals<Number>> signals;
+  if (!probe.empty()) signals.emplace(probe[0], probe[1], probe[2], probe[3]);
+  const int64_t frequencies = found_signals.size(2);
+  auto* signal = static_cast<Number*>(found_signals.mutable_data_ptr());
   const int64_t second = optimizer.method == population::Method::adamw ? networks : 0;
   data.each<Number>(batch, true, [&](auto& worker, int64_t n, Number* grads) {
     Job<Number> job{};
@@ -123,6 +130,9 @@ void run_steps(const Data& data, const Tensor& batches, const Tensor& rates,
     job.losses = found + n;
     job.next_loss = networks;
     job.rate = rates.const_data_ptr<double>()[n];
+    job.signals = signals ? &*signals : nullptr;
+    job.found = signal + n * frequencies;
+    job.next_found = networks * frequencies;
     population::train(worker, job, optimizer, trained, data.weights, first_step, steps, grads);
   });
 }
@@ -148,11 +158,11 @@ std::vector<int64_t> trained_ranges(const char* op, const Data& data,
   return ranges;
 }
 
-std::tuple<Tensor, Tensor, Tensor> population_steps(
+std::tuple<Tensor, Tensor, Tensor, Tensor> population_steps(
     const Tensor& given, const Tensor& given_state, const Tensor& x, const Tensor& targets,
     const Tensor& given_batches, const Tensor& given_rates, const std::vector<int64_t>& code,
     bool shared, const std::vector<int64_t>& frozen, const std::string& method,
-    const std::vector<double>& settings, int64_t first_step) {
+    const std::vector<double>& settings, int64_t first_step, const std::vector<int64_t>& probe) {
   const char* op = "population_steps";
   const Data data(op, given, x, targets, code, shared);
   const Tensor batches = torch::stable::contiguous(given_batches);
@@ -174,6 +184,11 @@ std::tuple<Tensor, Tensor, Tensor> population_steps(
   STD_TORCH_CHECK(rates.dim() == 1 && rates.size(0) == data.networks &&
                       rates.scalar_type() == ScalarType::Double,
                   op, ": rates must be float64 [N]");
+  STD_TORCH_CHECK(probe.empty() || (probe.size() == 4 && probe[0] >= 0 && probe[1] >= 3 &&
+                                    probe[2] > 0 && probe[2] <= data.weights / probe[1] &&
+                                    probe[0] <= data.weights - probe[1] * probe[2] && probe[3] > 0),
+                  op, ": probe must be a place, tokens, features and every how many steps");
+  STD_TORCH_CHECK(first_step >= 0, op, ": first_step must not be negative");
   const std::vector<int64_t> trained = trained_ranges(op, data, frozen);
   const int64_t batch = batches.size(2) ? batches.size(2) : data.rows;
   for (const auto& layer : data.plan.layers)
@@ -186,16 +201,21 @@ std::tuple<Tensor, Tensor, Tensor> population_steps(
   Tensor flat = torch::stable::clone(data.flat);
   Tensor state = torch::stable::clone(torch::stable::contiguous(given_state));
   Tensor losses = torch::stable::new_empty(data.flat, {batches.size(0), data.networks});
+  int64_t recorded = 0;
+  for (int64_t s = 0; !probe.empty() && s < batches.size(0); ++s)
+    recorded += (first_step + s) % probe[3] == 0;
+  Tensor signals = torch::stable::new_empty(
+      data.flat, {recorded, data.networks, probe.empty() ? 0 : (probe[1] - 1) / 2});
+  const auto run = [&](auto number) {
+    run_steps<decltype(number)>(data, batches, rates, optimizer, trained, first_step, probe, flat,
+                                state, losses, signals);
+  };
   switch (given.scalar_type()) {
-    case ScalarType::Float:
-      run_steps<float>(data, batches, rates, optimizer, trained, first_step, flat, state, losses);
-      break;
-    case ScalarType::Double:
-      run_steps<double>(data, batches, rates, optimizer, trained, first_step, flat, state, losses);
-      break;
+    case ScalarType::Float: run(float()); break;
+    case ScalarType::Double: run(double()); break;
     default: STD_TORCH_CHECK(false, "population_steps: flat must be float32 or float64");
   }
-  return {flat, state, losses};
+  return {flat, state, losses, signals};
 }
 
 }  // namespace

@@ -112,7 +112,7 @@ def test_gradients_are_those_of_torch(name: str, rows: int, values: bool) -> Non
     model, flat, shape = population(name)
     for own in (False, True):
         x, targets = data(shape, *([3] if own else []), rows, values=values)
-        runner = resolve("test", flat, model, x)
+        runner, x = resolve("test", flat, model, x)
         assert runner.program is not None, runner.reason
         arguments = flat, x, targets, runner.code, runner.shared
         losses, grads = population_loss_grad(*arguments)
@@ -130,7 +130,7 @@ def test_gradients_batched_over_networks_are_the_definitions(name: str, values: 
     model, flat, shape = population(name)
     for own in (False, True):
         x, targets = data(shape, *([3] if own else []), 20, values=values)
-        runner = resolve("test", flat, model, x)
+        runner, x = resolve("test", flat, model, x)
         arguments = flat, x, targets, runner.code, runner.shared
         made = grouped.population_loss_grad(*arguments)
         expected = training_reference.population_loss_grad(*arguments)
@@ -144,9 +144,9 @@ def test_gradients_batched_over_networks_are_the_definitions(name: str, values: 
 def test_steps_batched_over_networks_are_the_definitions() -> None:
     model, flat, shape = population("batch norm")
     x, targets = data(shape, 30)
-    runner = resolve("test", flat, model, x)
+    runner, x = resolve("test", flat, model, x)
     batches = torch.randint(30, (4, 3, 6))
-    rates, options = torch.full((3,), 0.01).double(), ("sgd", [0.1, 0.9, 0], 0)
+    rates, options = torch.full((3,), 0.01).double(), ("sgd", [0.1, 0.9, 0], 0, [])
     arguments = flat, flat.new_zeros(1, *flat.shape), x, targets, batches, rates
     arguments = *arguments, runner.code, runner.shared, [], *options
     expected = training_reference.population_steps(*arguments)
@@ -383,11 +383,11 @@ def test_gradients_through_statistics_are_those_of_torch(
     model, flat, shape = population(name)
     for own in (False, True):
         x, targets = data(shape, *([3] if own else []), rows)
-        runner = resolve("test", flat, model, x)
+        runner, x = resolve("test", flat, model, x)
         batches = torch.zeros(1, 3, 0, dtype=torch.int64)
         # One step of plain SGD at the rate 1 shows the gradient, and statistics beside it.
         rest = torch.ones(3, dtype=torch.float64), runner.code, runner.shared, []
-        arguments = *rest, "sgd", [0.0, 0.0, 0.0], 3
+        arguments = *rest, "sgd", [0.0, 0.0, 0.0], 3, []
         state = torch.zeros(1, *flat.shape, dtype=torch.float64)
         made = population_steps(flat, state, x, targets, batches, *arguments)
         expected = training_reference.population_steps(flat, state, x, targets, batches, *arguments)
@@ -501,10 +501,10 @@ def test_a_state_of_another_optimizer_is_refused() -> None:
 def test_the_op_refuses_what_does_not_fit() -> None:
     model, flat, shape = population("relu")
     x, targets = data(shape, 10)
-    runner = resolve("test", flat, model, x)
+    runner, x = resolve("test", flat, model, x)
     batches, rates = torch.zeros(1, 3, 2, dtype=torch.int64), torch.ones(3, dtype=torch.float64)
     arguments = [flat, torch.zeros(2, *flat.shape).double(), x, targets, batches, rates]
-    arguments += [list(runner.code), True, [], "adamw", [0.0, 0.9, 0.999, 1e-8], 0]
+    arguments += [list(runner.code), True, [], "adamw", [0.0, 0.9, 0.999, 1e-8], 0, []]
     population_steps(*arguments)
     for place, wrong in ((4, batches + 10), (4, batches - 1), (3, targets + CLASSES)):
         with pytest.raises((RuntimeError, IndexError)):

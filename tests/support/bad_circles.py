@@ -121,13 +121,13 @@ def of_networks(where: str) -> dict[tuple[str, str], Rows]:
             (circles.pair_spec(7, 3, 6), VALUE, "flat has shape"),
         ],
         (where, "pairs"): [
-            *tokens(7),
+            *tokens(7, "flat"),
             (PAIRS.repeat(2, 1, 1), VALUE, r"pairs must have shape \[2, B, 2\], not \[4, 2, 2\]"),
         ],
     }
 
 
-def tokens(p: int) -> Rows:
+def tokens(p: int, beside: str) -> Rows:
     return [
         ([0, 1], TYPE, r"pairs must be a tensor \[B, 2\] or \[M, B, 2\], not list"),
         (PAIRS.float(), TYPE, "pairs must be int64 or int32, not torch.float32"),
@@ -135,12 +135,12 @@ def tokens(p: int) -> Rows:
         (PAIRS[..., :1], VALUE, r"pairs must have shape \[2, B, 2\], not \[2, 2, 1\]"),
         (PAIRS + 1, VALUE, rf"pairs\[0, 0, 1\] is {p}, outside 0..{p - 1}"),
         (PAIRS - 1, VALUE, rf"pairs\[0, 0, 0\] is -1, outside 0..{p - 1}"),
-        (PAIRS.to("meta"), VALUE, "pairs is on meta, but embedding is on cpu"),
+        (PAIRS.to("meta"), VALUE, rf"pairs is on meta, but {beside} is on cpu"),
     ]
 
 
 SWEEP: dict[tuple[str, str], Rows] = {
-    ("token_pair_linear", "pairs"): tokens(7),
+    ("token_pair_linear", "pairs"): tokens(7, "embedding"),
     ("token_pair_linear", "embedding"): [
         *embeddings(r"pairs\[0, 0, 1\] is 6, outside 0..1"),
         (EMBEDDING[..., :0], VALUE, r"embedding has no dimension \(shape \[2, 7, 0\]\)"),

@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weightops import _check
-from weightops.ops.token_pair import token_pair_linear
+from weightops.ops.population import Layer, Program
+from weightops.population import population_forward
 from weightops.population._batches import _mix
+from weightops.population._compile import PROGRAM
 from weightops.spec import WeightSpec
+
+EMBEDDING = "embedding.weight"
 
 
 class PairNetwork(nn.Module):
@@ -58,7 +62,7 @@ def pair_spec(p: int, d: int, width: int = 100) -> WeightSpec:
 
 @lru_cache(maxsize=64)
 def _spec(p: int, d: int, width: int) -> WeightSpec:
-    return WeightSpec(
+    spec = WeightSpec(
         {
             "embedding.weight": (None, "embedding"),
             **{"first.weight": ("first", (None, "embedding")), "first.bias": ("first",)},
@@ -72,6 +76,21 @@ def _spec(p: int, d: int, width: int) -> WeightSpec:
             **{"third.weight": (p, width), "third.bias": (p,)},
         },
     )
+    spec._cache[PROGRAM] = Program(
+        (2,),
+        (
+            Layer(
+                *("token_pair", (0,), (2,), (width,)),
+                ("first.weight", "first.bias", EMBEDDING),
+                (p, d),
+            ),
+            Layer("silu", (1,), (width,), (width,)),
+            Layer("linear", (2,), (width,), (width,), ("second.weight", "second.bias")),
+            Layer("silu", (3,), (width,), (width,)),
+            Layer("linear", (4,), (width,), (p,), ("third.weight", "third.bias")),
+        ),
+    )
+    return spec
 
 
 def initialize(spec: WeightSpec, seeds: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -100,14 +119,6 @@ def split(p: int, share: float, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
     parts = (rows[:, :count].sort(1).values, rows[:, count:].sort(1).values)
     first, second = (torch.stack([part // p, part % p], 2) for part in parts)
     return first, second
-
-
-def forward(parts: Sequence[Tensor], pairs: Tensor) -> Tensor:
-    """Logits ``[M, B, p]`` of the networks' tensors ``[M, ...]`` in the order of the layout."""
-    embedding, *layers = parts
-    x = F.silu(token_pair_linear(pairs, embedding, *layers[:2]))
-    x = F.silu(torch.baddbmm(layers[3][:, None], x, layers[2].mT))
-    return torch.baddbmm(layers[5][:, None], x, layers[4].mT)
 
 
 def check_networks(where: str, flat: Any, spec: Any) -> tuple[int, int, int]:
@@ -141,22 +152,29 @@ def pair_logits(flat: Tensor, spec: WeightSpec, pairs: Tensor) -> Tensor:
         ValueError: shapes or devices do not fit, a token out of range.
         TypeError: an argument has the wrong type or dtype.
     """
-    check_networks("pair_logits", flat, spec)
-    return _logits("pair_logits", flat, spec, pairs)
+    where = "pair_logits"
+    p, *_ = check_networks(where, flat, spec)
+    _check_pairs(where, pairs, flat, p)
+    return population_forward(flat, spec, pairs)
 
 
 def pair_accuracy(flat: Tensor, spec: WeightSpec, pairs: Tensor) -> Tensor:
     """The share of pairs whose sum modulo p each network gets right, ``[M]``; arguments as for :func:`pair_logits`."""
     where = "pair_accuracy"
     p, *_ = check_networks(where, flat, spec)
-    with torch.no_grad():
-        right = _logits(where, flat, spec, pairs).argmax(2) == pairs.sum(-1) % p
-    return right.to(flat.dtype).mean(1)
+    _check_pairs(where, pairs, flat, p)
+    if pairs.shape[-2] == 0:
+        raise ValueError(f"{where}: pairs holds no pair (shape {list(pairs.shape)})")
+    return population_forward(flat, spec, pairs, reduce="accuracy", targets=pairs.sum(-1) % p)
 
 
-def _logits(where: str, flat: Tensor, spec: WeightSpec, pairs: Tensor) -> Tensor:
-    try:
-        return forward(list(spec.unflatten(flat).values()), pairs)
-    except (TypeError, ValueError) as error:
-        text = str(error).removeprefix("token_pair_linear: ")
-        raise type(error)(f"{where}: {text}") from None
+def _check_pairs(where: str, pairs: Any, flat: Tensor, p: int) -> None:
+    _check.tensor(where, "pairs", pairs, "[B, 2] or [M, B, 2]")
+    _check.index_dtype(where, "pairs", pairs)
+    _check.same_device(where, "pairs", pairs, "flat", flat)
+    front = [len(flat)] if pairs.dim() == 3 else []
+    if pairs.dim() < 2 or list(pairs.shape) != [*front, pairs.shape[-2], 2]:
+        expected = ", ".join(map(str, [*front, "B", 2]))
+        raise ValueError(f"{where}: pairs must have shape [{expected}], not {list(pairs.shape)}")
+    if fault := _check.index_fault(pairs, p):
+        raise ValueError(f"{where}: pairs{fault}")

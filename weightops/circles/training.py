@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from weightops import _check
-from weightops._progress import track
-from weightops.circles import _steps, model
+from weightops.circles import model
 from weightops.population import training as population
-from weightops.population._batches import network_seeds
+from weightops.population._batches import Batches, network_seeds
+from weightops.population._loop import run
+from weightops.population._probes import SignalProbe, checked
+from weightops.population._resolve import resolve
 from weightops.spec import WeightSpec
 
-#: steps of a call, between which Ctrl-C is heard and the bar moves
-_CHUNK = 100
+_SIGNALS = "signals of the embedding"
 _BETAS_EPS = (0.9, 0.999, 1e-8)
 
 
@@ -123,10 +124,10 @@ def train(
         raise ValueError(f"{where}: share is {share}, which is not one of {p * p} pairs")
     _check.float_dtype(where, dtype)
     rates = population._rates(where, lr, num_models)
-    called = population._probes(where, probes)
+    called = checked(where, probes)
     seeds = network_seeds(where, seed, num_models)
     pair_seeds = seeds if data_seed is None else network_seeds(where, data_seed, num_models)
-    sizes, spec = (p, d, width), model.pair_spec(p, d, width)
+    spec = model.pair_spec(p, d, width)
     if state is None:
         flat = model.initialize(spec, seeds, dtype)
         if embedding is not None:
@@ -136,32 +137,35 @@ def train(
     else:
         _check_state(where, state, [num_models, spec.numel], dtype)
     pairs, held_out = model.split(p, share, pair_seeds)
-    settings = (weight_decay, *_BETAS_EPS)
-    held = p * d if frozen else 0
-
-    step, flat, moments = state.step, state.flat, state.moments
-    recorded: list[tuple[Tensor, Tensor]] = []
-    found: dict[str, list[Tensor]] = {name: [] for name in called}
-    chunks = [*population._chunks(step, step + steps, _CHUNK, every if called else 0)]
-    for begin, end in track(chunks, "training", enabled=progress):
-        if begin % every == 0:
-            for name, probe in called.items():
-                found[name].append(population._probe(where, name, probe, flat))
-        flat, moments, *records = _steps.steps(
-            *(flat, moments, pairs, sizes, rates, settings, held, begin, end - begin, every)
-        )
-        recorded.append((records[0], records[1]))
-    losses, signals = (
-        torch.cat([flat.new_empty(0, *shape), *each])
-        for shape, each in zip(
-            ((num_models,), (num_models, (p - 1) // 2)), zip(*recorded) if recorded else ((), ())
-        )
+    runner, tokens = resolve(where, state.flat, spec, pairs)
+    made = run(
+        where,
+        runner,
+        [0, p * d] if frozen else [],
+        state.flat,
+        state.moments,
+        (tokens, pairs.sum(2) % p),
+        Batches(pairs.shape[1], None, seeds),
+        rates,
+        "adamw",
+        [weight_decay, *_BETAS_EPS],
+        first=state.step,
+        steps=steps,
+        probes={_SIGNALS: SignalProbe(spec, model.EMBEDDING)} | called,
+        every=every,
+        progress=progress,
     )
+    found = made.probes
     return Training(
-        *(spec, flat, losses, signals),
-        {name: torch.stack(each) for name, each in found.items() if each},
-        *(pairs, held_out, State(step + steps, flat, moments)),
-        ~(losses.isfinite().all(0) & flat.isfinite().all(1)),
+        spec=spec,
+        flat=made.flat,
+        losses=made.losses,
+        signals=found.pop(_SIGNALS, made.flat.new_empty(0, num_models, (p - 1) // 2)),
+        probes=found,
+        pairs=pairs,
+        held_out=held_out,
+        state=State(state.step + steps, made.flat, made.state.moments),
+        diverged=made.diverged,
     )
 
 

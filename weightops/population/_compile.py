@@ -14,6 +14,7 @@ from weightops.ops.population.program import Layer, Program
 _aten = torch.ops.aten
 #: where a traced spec keeps what :func:`compile_or_reason` gave
 PROGRAM = "program"
+_WHOLE = 1 << 24
 
 
 class Unsupported(Exception):
@@ -65,12 +66,15 @@ class _Reader:
         }
         self.names: dict[fx.Node, str] = {}
         self.values: dict[fx.Node, int] = {}
+        self.embedded: dict[
+            fx.Node, tuple[fx.Node, fx.Node]
+        ] = {}  # pairs of tokens and their table
         self.layers: list[Layer] = []
         for node in exported.graph.nodes:
             if node.op == "placeholder" and node.name in held:
                 self.names[node] = names.get(held[node.name], held[node.name])
             elif node.op == "placeholder":
-                self.samples, *taken = _shape(node)
+                self.samples, *taken = node.meta["val"].shape
                 self.values[node] = 0
                 self.taken = tuple(taken)
             elif node.op == "call_function":
@@ -84,8 +88,13 @@ class _Reader:
         self.program = Program(self.taken, tuple(self.layers))
 
     def read(self, node: fx.Node) -> None:
+        if node.target is _aten.embedding.default:
+            return self.embed(node, *node.args, **node.kwargs)
         if node.target in _SAME:
             source: Any = node.args[0]
+            if source in self.embedded and _shape(node)[0] == self.samples:
+                self.embedded[node] = self.embedded[source]
+                return
             if source not in self.values or _shape(node)[0] != self.samples:
                 raise Unsupported(f"{node.target} of something else than samples")
             self.values[node] = self.values[source]
@@ -102,6 +111,18 @@ class _Reader:
             for other, value in self.values.items():
                 if value == before:
                     self.values[other] = made
+
+    def embed(
+        self, node: fx.Node, table: Any, tokens: Any, padding: Any = -1, by_frequency: Any = False,
+        sparse: Any = False,
+    ) -> None:  # fmt: skip
+        if self.values.get(tokens) != 0 or self.taken != (2,):
+            raise Unsupported("embeddings of something else than pairs of tokens")
+        if _shape(table)[0] > _WHOLE:
+            raise Unsupported("tokens that are no numbers of float32")
+        if padding != -1 or by_frequency:
+            raise Unsupported("embeddings with gradients of their own")
+        self.embedded[node] = tokens, table
 
     def add(
         self,
@@ -120,10 +141,10 @@ class _Reader:
             each is not None and name is None for each, name in zip(tensors, named, strict=True)
         ):
             raise Unsupported(f"{node.target} with weights that are computed")
-        taken, made = _shape(inputs[0]), _shape(node)
+        taken, made = _shape(inputs[0], tokens=kind == "token_pair"), _shape(node)
         if taken[0] != self.samples or made[0] != self.samples:
             raise Unsupported(f"{node.target} across samples")
-        if any(_shape(value) != taken for value in inputs):
+        if any(tuple(value.meta["val"].shape) != taken for value in inputs):
             raise Unsupported(f"{node.target} of unequal shapes")
         shapes = self.check_shape(taken[1:]), self.check_shape(made[1:])
         values = tuple(self.values[value] for value in inputs)
@@ -136,9 +157,9 @@ class _Reader:
         return shape
 
 
-def _shape(node: Any) -> tuple[int, ...]:
+def _shape(node: Any, tokens: bool = False) -> tuple[int, ...]:
     value = node.meta["val"]
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    if not isinstance(value, Tensor) or value.is_floating_point() == tokens:
         raise Unsupported(f"{node.target} of no floating tensor")
     return tuple(value.shape)
 
@@ -155,6 +176,9 @@ def _activation(kind: str) -> Callable:
 def _linear(reader: _Reader, node: fx.Node, x: Any, weight: Any, bias: Any = None) -> None:
     if len(_shape(x)) != 2:
         raise Unsupported("linear layers of sequences")
+    if x in reader.embedded:
+        pairs, table = reader.embedded[x]
+        return reader.add("token_pair", node, [pairs], [weight, bias, table], _shape(table))
     reader.add("linear", node, [x], [weight, bias])
 
 

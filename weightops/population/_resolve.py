@@ -70,8 +70,11 @@ _BATCHED = "torch, batched over networks"
 _programs: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()
 
 
-def resolve(where: str, flat: Tensor, model: WeightSpec | nn.Module, x: Tensor) -> Runner:
-    """Check a population and its samples against the architecture, and find what runs it.
+def resolve(
+    where: str, flat: Tensor, model: WeightSpec | nn.Module, x: Tensor
+) -> tuple[Runner, Tensor]:
+    """Check a population and its samples against the architecture, and find what runs it: with the samples that
+    it takes, since programs read tokens as numbers of ``flat``'s dtype.
 
     A module is traced once for a shape of samples. Samples are shared if the module takes them as they
     are, else every network's own.
@@ -97,7 +100,16 @@ def resolve(where: str, flat: Tensor, model: WeightSpec | nn.Module, x: Tensor) 
         )
     if not runner.shared:
         _check.size(where, "x's first axis", x.shape[0], flat.shape[0], "networks")
-    return runner
+    return runner, _tokens(where, runner.program, flat, x)
+
+
+def _tokens(where: str, program: Program | None, flat: Tensor, x: Tensor) -> Tensor:
+    if program is None or not program.tokens:
+        return x
+    _check.index_dtype(where, "x", x)
+    if fault := _check.index_fault(x, program.tokens):
+        raise ValueError(f"{where}: x{fault}")
+    return x.to(flat.dtype)
 
 
 def explain(spec_or_model: WeightSpec | nn.Module, x: Tensor) -> str:

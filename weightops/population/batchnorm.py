@@ -37,7 +37,7 @@ def population_batchnorm(
         TypeError: wrong types or dtypes.
     """
     where = "population_batchnorm"
-    runner = resolve(where, flat, spec_or_model, x)
+    runner, x = resolve(where, flat, spec_or_model, x)
     weight = 1.0
     if momentum is not None:
         _check.number(where, "momentum", momentum, 0, 1)

@@ -48,7 +48,7 @@ def population_forward(
     """
     where = "population_forward"
     _check.choice(where, "reduce", reduce, REDUCTIONS)
-    runner = resolve(where, flat, spec_or_model, x)
+    runner, x = resolve(where, flat, spec_or_model, x)
     if reduce == "logits":
         if targets is not None:
             raise ValueError(f"{where}: targets are for reduce='loss', 'accuracy' or 'errors'")
@@ -64,7 +64,7 @@ def loss_and_accuracy(
 ) -> Tensor:
     """Mean losses and accuracies ``[N, 2]`` of one pass; not differentiable, else as :func:`population_forward`."""
     where = "population_forward"
-    runner = resolve(where, flat, spec_or_model, x)
+    runner, x = resolve(where, flat, spec_or_model, x)
     checked = check_targets(where, runner, flat, x, targets, values=False)
     return _evaluated(runner, flat, x, checked, "scores")
 
@@ -88,7 +88,7 @@ def population_loss(
     As ``population_forward(..., reduce="loss")``: cross-entropy of classes, mean squared error of values.
     """
     where = "population_loss"
-    runner = resolve(where, flat, spec_or_model, x)
+    runner, x = resolve(where, flat, spec_or_model, x)
     return _losses(runner, flat, x, check_targets(where, runner, flat, x, targets))
 
 

@@ -4,60 +4,24 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from weightops import _check
-from weightops._progress import track
-from weightops.ops.population import training_reference
-from weightops.ops.population.training import population_steps
+from weightops.population import _probes
 from weightops.population._batches import Batches, network_seeds
+from weightops.population._loop import Training, TrainingState, run
 from weightops.population._resolve import Runner, resolve
 from weightops.population.forward import check_targets
 from weightops.spec import WeightSpec
 from weightops.tracing.export import read_weights
 
-#: one call's steps: their rows, int64, stay below this many bytes, and Ctrl-C is heard between calls
-_BATCH_BYTES, _CHUNK = 1 << 25, 256
 _MOST = sys.float_info.max
 _MOMENTS = {"adamw": 2, "sgd": 1}
 _DECAY = {"adamw": 1e-2, "sgd": 0.0}
-
-
-@dataclass(frozen=True)
-class TrainingState:
-    """What a training goes on from.
-
-    Attributes:
-        step: steps made.
-        moments: of the optimiser: ``[2, N, P]`` of adamw, ``[1, N, P]`` of sgd.
-    """
-
-    step: int
-    moments: Tensor
-
-
-@dataclass(frozen=True)
-class Training:
-    """What :func:`population_train` gives.
-
-    Attributes:
-        flat: the trained networks ``[N, P]``.
-        losses: ``[recorded steps, N]``, each the loss of its mini-batch before the step.
-        probes: name -> the probe's results, stacked in front.
-        state: for ``population_train(..., state=)`` to go on from.
-        diverged: ``[N]``, networks that had a loss, or have a weight, that is not finite.
-    """
-
-    flat: Tensor
-    losses: Tensor
-    probes: dict[str, Tensor]
-    state: TrainingState
-    diverged: Tensor
 
 
 def population_train(
@@ -103,7 +67,8 @@ def population_train(
         batch_size: rows of a mini-batch; ``None``: all rows at every step. An epoch takes its batches from a
             permutation of the rows, without the rest that fills no batch.
         seed: of the permutations: an integer, or one per network. A network's do not depend on the others.
-        probes: name -> ``probe(flat)``, called at every ``every``-th step, before it.
+        probes: name -> ``probe(flat)``, called at every ``every``-th step, before it. A :class:`SignalProbe` is
+            measured by the kernel that trains, which costs next to nothing.
         every: of how many steps losses are recorded, counted from the state's step.
         state: from an earlier training with the same options, to go on: the same as all steps at once.
         progress: show a progress bar.
@@ -116,7 +81,7 @@ def population_train(
     if not (isinstance(data, (tuple, list)) and len(data) == 2):
         raise TypeError(f"{where}: data must be a pair (x, targets), not {_check.describe(data)}")
     x, targets = data
-    runner = resolve(where, flat, spec_or_model, x)
+    runner, x = resolve(where, flat, spec_or_model, x)
     targets = check_targets(where, runner, flat, x, targets)
     rows, networks = x.shape[0] if runner.shared else x.shape[1], len(flat)
     _check.count(where, "steps", steps, 0)
@@ -131,34 +96,12 @@ def population_train(
             raise ValueError(f"{where}: batch_size is {batch_size}, but data has {rows} rows")
     _check_norms(where, runner, batch_size or rows)
     batches = Batches(rows, batch_size, network_seeds(where, seed, networks))
-    called = _probes(where, probes)
+    called = _probes.checked(where, probes)
     first, moments = _begin(where, state, optimizer, flat)
-    advance = _stepper(runner, spec_or_model)
-
-    flat, x, targets = flat.detach(), x.detach(), targets.detach()
-    recorded: list[Tensor] = []
-    found: dict[str, list[Tensor]] = {name: [] for name in called}
-    diverged = torch.zeros(networks, dtype=torch.bool, device=flat.device)
-    bytes_a_step = 8 * max(1, networks * (batch_size or 1))
-    most = max(1, min(_CHUNK, _BATCH_BYTES // bytes_a_step))
-    chunks = [*_chunks(first, first + steps, most, every if called else 0)]
-    for begin, end in track(chunks, "training", enabled=progress):
-        if called and begin % every == 0:
-            for name, probe in called.items():
-                found[name].append(_probe(where, name, probe, flat))
-        drawn = batches.rows(begin, end).to(flat.device)
-        flat, moments, losses = advance(
-            *(flat, moments, x, targets, drawn, rates, optimizer, settings, begin)
-        )
-        diverged |= ~losses.isfinite().all(0)
-        recorded.append(losses[-begin % every :: every])
-    diverged |= ~flat.isfinite().all(1)
-    return Training(
-        flat.clone() if not chunks else flat,
-        torch.cat([flat.new_empty(0, networks), *recorded]),
-        {name: torch.stack(each) for name, each in found.items() if each},
-        TrainingState(first + steps, moments),
-        diverged,
+    frozen = _frozen(runner, spec_or_model)
+    return run(
+        *(where, runner, frozen, flat, moments, (x, targets), batches, rates, optimizer, settings),
+        *(first, steps, called, every, progress),
     )
 
 
@@ -169,14 +112,6 @@ def _check_norms(where: str, runner: Runner, batch: int) -> None:
                 f"{where}: batch norm ({layer.tensors[2]}) needs two numbers of a channel in a batch at least, "
                 f"but a batch has {batch} row of shape {list(layer.taken)} there"
             )
-
-
-def _chunks(begin: int, end: int, most: int, every: int) -> Iterator[tuple[int, int]]:
-    """Steps that one call makes; a step at which probes are called begins one."""
-    while begin < end:
-        stop = min(end, begin + most, begin - begin % every + every if every else end)
-        yield begin, stop
-        begin = stop
 
 
 def _settings(
@@ -212,25 +147,6 @@ def _rates(where: str, lr: float | Tensor, networks: int) -> Tensor:
     return lr.detach().to("cpu", torch.float64)
 
 
-def _probes(where: str, probes: Any) -> dict[str, Callable[[Tensor], Tensor]]:
-    if probes is None:
-        return {}
-    if not isinstance(probes, Mapping) or not all(callable(probe) for probe in probes.values()):
-        raise TypeError(
-            f"{where}: probes must be a mapping of names to functions, not {_check.describe(probes)}"
-        )
-    return dict(probes)
-
-
-def _probe(where: str, name: str, probe: Callable[[Tensor], Tensor], flat: Tensor) -> Tensor:
-    made = probe(flat)
-    if not isinstance(made, Tensor):
-        raise TypeError(
-            f"{where}: probes[{name!r}] must return a tensor, not {_check.describe(made)}"
-        )
-    return made.detach().clone()
-
-
 def _begin(
     where: str, state: TrainingState | None, optimizer: str, flat: Tensor
 ) -> tuple[int, Tensor]:
@@ -248,36 +164,17 @@ def _begin(
     return state.step, state.moments
 
 
-def _stepper(
-    runner: Runner, model: WeightSpec | nn.Module
-) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    frozen = _frozen(runner, model)
-
-    def advance(
-        flat: Tensor, moments: Tensor, x: Tensor, targets: Tensor, rows: Tensor, rates: Tensor,
-        optimizer: str, settings: list[float], step: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        data = flat, moments, x, targets, rows, rates
-        options = runner.shared, frozen, optimizer, settings, step
-        if runner.call is not None:
-            forward = runner.call
-            return training_reference.steps(
-                lambda flat, x, targets, shared, step: training_reference.loss_grad(
-                    lambda row, x: (forward(row, x).flatten(1), row), flat, x, targets, shared
-                ),
-                *data,
-                *options,
-            )
-        return population_steps(*data, runner.code, *options)
-
-    return advance
-
-
 def _frozen(runner: Runner, model: WeightSpec | nn.Module) -> list[int]:
     """Begins and ends, in a network's row, of what is not trained."""
     if isinstance(model, WeightSpec):
         assert runner.program is not None
-        held = {name for layer in runner.program.layers for name in layer.tensors[2:] if name}
+        held = {
+            name
+            for layer in runner.program.layers
+            if layer.kind == "batch_norm"
+            for name in layer.tensors[2:]
+            if name
+        }
         spans = {name: (model.offsets[name], shape.numel()) for name, shape in model.shapes.items()}
     else:
         weights = read_weights(model)

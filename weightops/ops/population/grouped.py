@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from weightops.ops.population import reference
 from weightops.ops.population.program import decode
+from weightops.ops.token_pair import token_pair_add
+from weightops.ops.token_pair.reference import tables
 
 #: ``(x [B, I], weight [O, I], bias [O] or None) -> [B, O]``
 Product = Callable[[Tensor, Tensor, Any], Tensor]
@@ -118,6 +120,10 @@ def _apply(
         rows = x.flatten(2).transpose(0, 1)
         made = rows @ weight.mT if bias is None else torch.baddbmm(bias[:, None], rows, weight.mT)
         return made.transpose(0, 1)
+    if kind == "token_pair":
+        weight, bias, embedding = tensors
+        pairs = x.detach().flatten(2).transpose(0, 1).long()
+        return token_pair_add(tables(embedding, weight, bias), pairs).transpose(0, 1)
     if kind == "layer_norm":
         weight, bias = tensors
         made = reference.apply(layer, (), x)

@@ -23,6 +23,7 @@ KINDS = (
     "group_norm",
     "layer_norm",
     "add",
+    "token_pair",
 )
 TENSORS = 4
 SETTINGS = 10
@@ -37,9 +38,10 @@ class Layer:
         inputs: the values that it reads (two for ``add``): 0 is the network's input, ``i + 1`` what layer ``i`` makes.
         taken: the shape of one sample that it reads: ``(features,)`` or ``(channels, height, width)``.
         made: the shape that it makes.
-        tensors: names of weight and bias, then of running mean and variance; fewer where there are none.
+        tensors: names of weight and bias, then of running mean and variance, or of ``token_pair``'s embedding;
+            fewer where there are none.
         settings: convolutions ``(*kernel, *stride, *padding, *dilation, groups)``; pools ``(*kernel, *stride,
-            *padding, *dilation, counts padding)``; ``group_norm`` ``(groups,)``.
+            *padding, *dilation, counts padding)``; ``group_norm`` ``(groups,)``; ``token_pair`` ``(tokens, features)``.
         eps: of norms.
         momentum: of batch norm's running statistics in training; ``None``: they are means over all steps.
     """
@@ -58,11 +60,19 @@ class Layer:
 class Program:
     """What a network computes: layers in order, of which the last one's value is the output.
 
-    Values are read in the shape that the reader takes: flattening needs no layer.
+    Values are read in the shape that the reader takes: flattening needs no layer. ``token_pair`` reads pairs of
+    tokens, which are numbers of the networks' dtype in 0 .. tokens - 1.
     """
 
     taken: tuple[int, ...]
     layers: tuple[Layer, ...]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens a sample's numbers name; 0: they are no tokens."""
+        return min(
+            (layer.settings[0] for layer in self.layers if layer.kind == "token_pair"), default=0
+        )
 
     @property
     def made(self) -> tuple[int, ...]:

@@ -79,10 +79,13 @@ def cut(flat: Tensor, layers: Sequence[dict]) -> list[list[Tensor | None]]:
 
 
 def _shapes(layer: dict) -> list[tuple[int, ...]]:
-    """Of weight and bias, then of running mean and variance."""
+    """Of weight and bias, then of running mean and variance, or of the embedding."""
     kind, (channels, *size), outputs = layer["kind"], layer["taken"], layer["made"][0]
     if kind == "linear":
         return [(outputs, channels), (outputs,)]
+    if kind == "token_pair":
+        tokens, features = layer["settings"][:2]
+        return [(outputs, 2 * features), (outputs,), (tokens, features)]
     if kind == "conv":
         return [(outputs, channels // layer["settings"][8], *layer["settings"][:2]), (outputs,)]
     if kind == "layer_norm":
@@ -109,6 +112,9 @@ def apply(
         return x + others[0]
     if kind == "linear":
         return F.linear(x.flatten(1), weight, bias)[..., None, None]
+    if kind == "token_pair":
+        embedded = F.embedding(x.flatten(1).long(), tensors[2])
+        return F.linear(embedded.flatten(1), weight, bias)[..., None, None]
     if kind == "conv":
         groups = settings[8] * lanes
         return F.conv2d(x, weight, bias, settings[2:4], settings[4:6], settings[6:8], groups)

@@ -14,7 +14,7 @@ from weightops.ops.population import grouped, population_eval, training_referenc
 __all__ = ["population_loss", "population_loss_grad", "population_steps", "steps_by_torch"]
 
 
-def steps_by_torch(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def steps_by_torch(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :data:`population_steps` without its kernel."""
     return training_reference.population_steps(*args, train_grad=grouped.population_train_grad)
 
@@ -76,15 +76,19 @@ _op.serve(
 
 def _fake_steps(
     flat: Tensor, state: Tensor, x: Tensor, targets: Tensor, batches: Tensor, *others: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    losses = flat.new_empty(len(batches), len(flat))
-    return torch.empty_like(flat), torch.empty_like(state), losses
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    steps, networks = len(batches), len(flat)
+    first, probe = others[-2:]
+    recorded = len(range(-first % probe[3], steps, probe[3])) if probe else 0
+    signals = flat.new_empty(recorded, networks, (probe[1] - 1) // 2 if probe else 0)
+    losses = flat.new_empty(steps, networks)
+    return torch.empty_like(flat), torch.empty_like(state), losses, signals
 
 
 population_steps: Callable = _op.define(
     "population_steps(Tensor flat, Tensor state, Tensor x, Tensor targets, Tensor batches, Tensor rates,"
-    " int[] code, bool shared, int[] frozen, str optimizer, float[] settings, int first_step)"
-    " -> (Tensor, Tensor, Tensor)",
+    " int[] code, bool shared, int[] frozen, str optimizer, float[] settings, int first_step,"
+    " int[] probe) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=steps_by_torch,
     fake=_fake_steps,
     vmap=_op.lane_by_lane(lambda: population_steps),

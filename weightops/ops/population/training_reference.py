@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from weightops.ops.fourier import reference as fourier
 from weightops.ops.population import reference
 from weightops.ops.population.program import decode
 
@@ -92,9 +93,10 @@ def population_steps(
     optimizer: str,
     settings: Sequence[float],
     first_step: int,
+    probe: Sequence[int],
     *,
     train_grad: Callable = population_train_grad,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`steps` of a program; batch norm goes by the batch's own statistics, and the running ones follow."""
     statistics = [
         bound
@@ -107,6 +109,7 @@ def population_steps(
     return steps(
         lambda flat, x, targets, shared, step: train_grad(flat, x, targets, code, shared, step),
         *(flat, state, x, targets, batches, rates, shared, stays, optimizer, settings, first_step),
+        probe,
     )
 
 
@@ -123,7 +126,8 @@ def steps(
     optimizer: str,
     settings: Sequence[float],
     first_step: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    probe: Sequence[int] = (),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Optimisation steps of every network.
 
     Args:
@@ -136,9 +140,12 @@ def steps(
         frozen: begins and ends of ranges of P that are not optimised.
         settings: adamw ``(weight decay, beta1, beta2, eps)``; sgd ``(weight decay, momentum, nesterov)``.
         first_step: steps made before, which adamw's bias correction counts.
+        probe: where in a row an embedding ``[p, d]`` begins, p, d, and of how many steps, counted from 0, its
+            signals are recorded; or nothing.
 
     Returns:
-        ``flat`` and ``state`` behind the steps, and each step's losses before it ``[S, N]``.
+        ``flat`` and ``state`` behind the steps, each step's losses before it ``[S, N]``, and the signals before
+        R recorded steps ``[R, N, (p - 1) // 2]``, ``[0, N, 0]`` without a probe.
 
     Source: ``torch.optim.AdamW`` and ``torch.optim.SGD``.
     """
@@ -148,8 +155,11 @@ def steps(
         moves[begin:end] = False
     rates = rates.to(flat)[:, None]
     losses = flat.new_empty(len(batches), len(flat))
+    recorded = []
     for s, rows in enumerate(batches):
         step = first_step + s + 1
+        if probe and (step - 1) % probe[3] == 0:
+            recorded.append(signals(flat, *probe[:3]))
         if batches.shape[2]:
             taken = _take(x, rows, shared), _take(targets, rows, not reference.own_targets(targets))
             losses[s], grads, moved = train_grad(flat, *taken, False, step)
@@ -157,7 +167,15 @@ def steps(
             losses[s], grads, moved = train_grad(flat, x, targets, shared, step)
         new, moments = update(flat, state, grads, rates, settings, step)
         flat, state = torch.where(moves, new, moved), torch.where(moves, moments, state)
-    return flat.clone(), state.clone(), losses
+    empty = flat.new_empty(0, len(flat), (probe[1] - 1) // 2 if probe else 0)
+    found = torch.stack(recorded) if recorded else empty
+    return flat.clone(), state.clone(), losses, found
+
+
+def signals(flat: Tensor, place: int, p: int, d: int) -> Tensor:
+    """Of the embeddings ``[p, d]`` at a place of the rows ``flat``."""
+    embedding = flat[:, place : place + p * d].view(-1, p, d)
+    return fourier.signal(embedding, fourier.transform(p, flat.dtype, flat.device))
 
 
 def _take(values: Tensor, rows: Tensor, shared: bool) -> Tensor:
