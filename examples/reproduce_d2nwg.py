@@ -23,6 +23,7 @@ FULL = (
     *(Recipe("rotations", "CNN", steps=SHORT, seed=seed) for seed in range(SEEDS)),
     *(Recipe("rotations", seed=seed) for seed in range(SEEDS)),
     Recipe("rotations", "narrow CNN", steps=SHORT),
+    Recipe("rotations", "narrow MLP", steps=SHORT),
     Recipe("rotations", start="own", steps=SHORT),
     Recipe("rotations", start="aligned", steps=SHORT),
     Recipe("subsets", seen=80, unseen=6, networks=4, generated=8, steps=SHORT),

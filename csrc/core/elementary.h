@@ -1,6 +1,7 @@
 // Exponentials of vectors, and the functions of networks that are made of them.
 #pragma once
 
+#include <cmath>
 #include <type_traits>
 
 #include "simd.h"
@@ -184,6 +185,101 @@ WEIGHTOPS_INLINE Vector<Arithmetic> tanh(const Vector<Arithmetic>& x) {
   const Vector<Arithmetic> zero = {};
   return where_greater<Arithmetic>(Number(0.625) - zero, size, small,
                                    where_greater<Arithmetic>(zero, x, -large, large));
+}
+
+// Whether a lane is greater than that of the limit.
+template <class Arithmetic>
+WEIGHTOPS_INLINE bool any_greater(const Vector<Arithmetic>& x, const Vector<Arithmetic>& limit) {
+#if WEIGHTOPS_X86
+  constexpr bool single = std::is_same_v<typename Arithmetic::Number, float>;
+  bool found;
+  if constexpr (Arithmetic::bytes == 64) {
+    if constexpr (single)
+      asm("vcmpps $30, %2, %1, %%k1\n\tkortestw %%k1, %%k1"
+          : "=@ccnz"(found)
+          : "v"(x), "v"(limit)
+          : "k1");
+    else
+      asm("vcmppd $30, %2, %1, %%k1\n\tkortestw %%k1, %%k1"
+          : "=@ccnz"(found)
+          : "v"(x), "v"(limit)
+          : "k1");
+    return found;
+  }
+  if constexpr (Arithmetic::bytes == 32) {
+    Vector<Arithmetic> is;
+    if constexpr (single)
+      asm("vcmpps $30, %3, %2, %1\n\tvtestps %1, %1"
+          : "=@ccnz"(found), "=&x"(is)
+          : "x"(x), "x"(limit));
+    else
+      asm("vcmppd $30, %3, %2, %1\n\tvtestpd %1, %1"
+          : "=@ccnz"(found), "=&x"(is)
+          : "x"(x), "x"(limit));
+    return found;
+  }
+#endif
+  for (int k = 0; k < Arithmetic::lanes; ++k)
+    if (x[k] > limit[k]) return true;
+  return false;
+}
+
+template <class Vector>
+struct SineCosine {
+  Vector sine, cosine;
+};
+
+// Quarter turns are taken away in three parts; Cephes' parts and coefficients. Where that would
+// lose digits, the library's functions.
+template <class Arithmetic>
+WEIGHTOPS_INLINE SineCosine<Vector<Arithmetic>> sine_cosine(const Vector<Arithmetic>& x) {
+  using Number = typename Arithmetic::Number;
+  constexpr bool single = std::is_same_v<Number, float>;
+  using Bits = BitsOf<Arithmetic>;
+  using Made = SineCosine<Vector<Arithmetic>>;
+  constexpr Number most = single ? 8192 : 1e8;
+  if (any_greater<Arithmetic>(larger<Arithmetic>(-x, x), most - Vector<Arithmetic>{})) {
+    Made made;
+    for (int k = 0; k < Arithmetic::lanes; ++k) {
+      made.sine[k] = std::sin(x[k]);
+      made.cosine[k] = std::cos(x[k]);
+    }
+    return made;
+  }
+  constexpr Number round = single ? Number(3 << 22) : Number(int64_t(3) << 51);
+  const Vector<Arithmetic> shifted = x * Number(0.63661977236758134308) + round;
+  const Vector<Arithmetic> n = shifted - round;
+  Vector<Arithmetic> r, sine, cosine;
+  if constexpr (single) {
+    r = x - n * Number(1.5703125);
+    r -= n * Number(4.837512969970703125e-4);
+    r -= n * Number(7.54978995489188216e-8);
+    const Vector<Arithmetic> z = r * r;
+    sine = polynomial<Arithmetic>(z, {-1.9515295891e-4f, 8.3321608736e-3f, -1.6666654611e-1f});
+    cosine = polynomial<Arithmetic>(
+        z, {2.443315711809948e-5f, -1.388731625493765e-3f, 4.166664568298827e-2f});
+  } else {
+    r = x - n * Number(2 * 7.85398125648498535156e-1);
+    r -= n * Number(2 * 3.77489470793079817668e-8);
+    r -= n * Number(2 * 2.69515142907905952645e-15);
+    const Vector<Arithmetic> z = r * r;
+    sine = polynomial<Arithmetic>(
+        z, {1.58962301576546568060e-10, -2.50507477628578072866e-8, 2.75573136213857245213e-6,
+            -1.98412698295895385996e-4, 8.33333333332211858878e-3, -1.66666666666666307295e-1});
+    cosine = polynomial<Arithmetic>(
+        z, {-1.13585365213876817300e-11, 2.08757008419747316778e-9, -2.75573141792967388112e-7,
+            2.48015872888517045348e-5, -1.38888888888730564116e-3, 4.16666666666665929218e-2});
+  }
+  const Vector<Arithmetic> z = r * r;
+  sine = sine * z * r + r;
+  cosine = cosine * z * z - z * Number(0.5) + Number(1);
+  // An odd number of quarter turns swaps the two; the signs follow from its last two bits.
+  constexpr int top = single ? 30 : 62;
+  const Bits quarter = (Bits)shifted & 3, odd = -(quarter & 1);
+  const Bits differ = ((Bits)sine ^ (Bits)cosine) & odd;
+  const Bits flip = (quarter & 2) << top, other = ((quarter + 1) & 2) << top;
+  return {(Vector<Arithmetic>)((Bits)sine ^ differ ^ flip),
+          (Vector<Arithmetic>)((Bits)cosine ^ differ ^ other)};
 }
 
 // The standard normal distribution up to x: erfc(-x / sqrt 2) / 2. Of z = |x| / sqrt 2,

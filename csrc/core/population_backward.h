@@ -88,10 +88,17 @@ WEIGHTOPS_INLINE Activated<Vector> activate_with_slope(const Vector& x) {
   }
 }
 
-template <class Arithmetic, Kind kind, class Number = typename Arithmetic::Number>
-WEIGHTOPS_INLINE void forward_slope_of(int64_t count, Number* from, Number* out) {
+template <class Arithmetic, class Vector = typename Arithmetic::Vector>
+WEIGHTOPS_INLINE Activated<Vector> sine_with_slope(const Vector& x,
+                                                   typename Arithmetic::Number factor) {
+  const auto made = elementary::sine_cosine<Arithmetic>(x * factor);
+  return {made.sine, made.cosine * factor};
+}
+
+template <class Arithmetic, class F, class Number = typename Arithmetic::Number>
+WEIGHTOPS_INLINE void forward_slope_of(int64_t count, Number* from, Number* out, F&& activated) {
   for (int64_t at = 0; at < count; at += Arithmetic::lanes) {
-    const auto made = activate_with_slope<Arithmetic, kind>(Arithmetic::load(from + at));
+    const auto made = activated(Arithmetic::load(from + at));
     Arithmetic::store(out + at, made.value);
     Arithmetic::store(from + at, made.slope);
   }
@@ -102,10 +109,23 @@ template <class Arithmetic, class Number = typename Arithmetic::Number>
 void forward_slope(const Layer& layer, Number* from, Number* out, int64_t width) {
   const int64_t count = layer.taken.numel() * width;
   enter<Arithmetic::bytes>([&]() __attribute__((always_inline)) {
+    using Vector = typename Arithmetic::Vector;
+    const auto run = [&](auto&& activated) __attribute__((always_inline)) {
+      forward_slope_of<Arithmetic>(count, from, out, activated);
+    };
+    const auto of = [&](auto kind) __attribute__((always_inline)) {
+      run([](const Vector& x) __attribute__((always_inline)) {
+        return activate_with_slope<Arithmetic, decltype(kind)::value>(x);
+      });
+    };
     switch (layer.kind) {
-      case Kind::silu: return forward_slope_of<Arithmetic, Kind::silu>(count, from, out);
-      case Kind::gelu: return forward_slope_of<Arithmetic, Kind::gelu>(count, from, out);
-      default: return forward_slope_of<Arithmetic, Kind::gelu_tanh>(count, from, out);
+      case Kind::silu: return of(std::integral_constant<Kind, Kind::silu>{});
+      case Kind::gelu: return of(std::integral_constant<Kind, Kind::gelu>{});
+      case Kind::gelu_tanh: return of(std::integral_constant<Kind, Kind::gelu_tanh>{});
+      default:
+        run([&](const Vector& x) __attribute__((always_inline)) {
+          return sine_with_slope<Arithmetic>(x, Number(layer.eps));
+        });
     }
   });
 }
@@ -133,6 +153,17 @@ WEIGHTOPS_INLINE void backward_activation(int64_t count, const Backward<Number>&
       grad *= x;
     else
       grad *= slope<Arithmetic, kind>(x, y);
+    if (!job.fresh[0]) grad += Arithmetic::load(job.into[0] + at);
+    Arithmetic::store(job.into[0] + at, grad);
+  }
+}
+
+template <class Arithmetic, class Number = typename Arithmetic::Number>
+WEIGHTOPS_INLINE void backward_sine(int64_t count, Number factor, const Backward<Number>& job) {
+  for (int64_t at = 0; at < count; at += Arithmetic::lanes) {
+    auto slope = Arithmetic::load(job.from[0] + at);
+    if (!job.slope) slope = sine_with_slope<Arithmetic>(slope, factor).slope;
+    auto grad = Arithmetic::load(job.grad + at) * slope;
     if (!job.fresh[0]) grad += Arithmetic::load(job.into[0] + at);
     Arithmetic::store(job.into[0] + at, grad);
   }
@@ -173,6 +204,7 @@ WEIGHTOPS_INLINE void backward_other(const Layer& layer, const Backward<Number>&
     case Kind::silu: return backward_activation<Arithmetic, Kind::silu>(count, job);
     case Kind::gelu: return backward_activation<Arithmetic, Kind::gelu>(count, job);
     case Kind::gelu_tanh: return backward_activation<Arithmetic, Kind::gelu_tanh>(count, job);
+    case Kind::sine: return backward_sine<Arithmetic>(count, Number(layer.eps), job);
     default: return backward_activation<Arithmetic, Kind::tanh>(count, job);
   }
 }

@@ -328,6 +328,13 @@ WEIGHTOPS_INLINE typename Arithmetic::Vector activate(const typename Arithmetic:
   }
 }
 
+template <class Arithmetic, class Number = typename Arithmetic::Number>
+WEIGHTOPS_INLINE void forward_sine(int64_t count, Number factor, const Number* from, Number* out) {
+  for (int64_t at = 0; at < count; at += Arithmetic::lanes)
+    Arithmetic::store(
+        out + at, elementary::sine_cosine<Arithmetic>(Arithmetic::load(from + at) * factor).sine);
+}
+
 template <class Arithmetic, Kind kind, class Number = typename Arithmetic::Number>
 WEIGHTOPS_INLINE void forward_activation(int64_t count, const Number* from, Number* out) {
   for (int64_t at = 0; at < count; at += Arithmetic::lanes)
@@ -408,6 +415,7 @@ WEIGHTOPS_INLINE void forward_other(const Layer& layer, const Number* row,
     case Kind::gelu: return forward_activation<Arithmetic, Kind::gelu>(count, from, out);
     case Kind::gelu_tanh: return forward_activation<Arithmetic, Kind::gelu_tanh>(count, from, out);
     case Kind::tanh: return forward_activation<Arithmetic, Kind::tanh>(count, from, out);
+    case Kind::sine: return forward_sine<Arithmetic>(count, Number(layer.eps), from, out);
     case Kind::add:
       for (int64_t at = 0; at < count; at += Arithmetic::lanes)
         Arithmetic::store(out + at, Arithmetic::load(from + at) + Arithmetic::load(inputs[1] + at));

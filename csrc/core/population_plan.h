@@ -25,6 +25,7 @@ enum class Kind {
   layer_norm,
   add,
   token_pair,
+  sine,
   count
 };
 
@@ -44,8 +45,8 @@ struct Layer {
   int64_t kernel[2], stride[2], padding[2], dilation[2];
   int64_t groups;       // of convolutions and group norm
   bool counts_padding;  // average pools
-  double eps;
-  double momentum;  // of running statistics; below 0: they are means over all steps
+  double eps;           // of norms; of sine the factor of its argument
+  double momentum;      // of running statistics; below 0: they are means over all steps
 
   // Numbers of its weight, the largest of its tensors.
   int64_t weight_size() const {

@@ -100,6 +100,12 @@ struct Work {
     }
   }
 
+  // Activations whose slope costs as much as they do.
+  static bool has_slope(Kind kind) {
+    return kind == Kind::silu || kind == Kind::gelu || kind == Kind::gelu_tanh ||
+           kind == Kind::sine;
+  }
+
   // Blocks of several vectors are fewer calls, but must lie in the cache with all their values.
   void set_width(int64_t most_rows) {
     int64_t numbers = 0;
@@ -149,9 +155,7 @@ struct Work {
     for (int64_t l = layers() - 1; l >= 0; --l) {
       const Layer& layer = plan.layers[l];
       Step& step = steps[l];
-      step.keeps_slope =
-          (layer.kind == Kind::silu || layer.kind == Kind::gelu || layer.kind == Kind::gelu_tanh) &&
-          owns_input(layer, readers);
+      step.keeps_slope = has_slope(layer.kind) && owns_input(layer, readers);
       step.skips = in_place(l) && steps[layer.inputs[0] - 1].packs &&
                    multiplies(plan.layers[layer.inputs[0] - 1]);
       // Nothing comes of what the output does not depend on, and a pool that alone reads what a

@@ -19,9 +19,6 @@ from weightops.generate import WeightGenerator
 FINE_TUNED = (0, 1, 2, 5, 10, 20, 40, 80)
 
 Results = dict[str, Any]
-# Sets of examples, averaged over, that a network is generated from: a little better for CNNs on the rotations
-# that this was tuned on, 15, 105, 195 and 285 degrees among them.
-DRAWS = 8
 
 
 @dataclass(frozen=True)
@@ -120,8 +117,7 @@ def compare(recipe: Recipe) -> Results:
         progress=False,
     )
     generated = [
-        generator.generate(dataset, recipe.generated, draws=DRAWS, seed=n)
-        for n, dataset in enumerate(datasets)
+        generator.generate(dataset, recipe.generated, seed=n) for n, dataset in enumerate(datasets)
     ]
     seen, unseen = range(recipe.seen), tasks.unseen
     retrieved = {task: zoo.best(zoo.flat, task, recipe.generated) for task in unseen}

@@ -128,8 +128,8 @@ FAMILIES: dict[str, Callable[[int, int], Tasks]] = {
 }
 
 
-def mlp(classes: int) -> nn.Sequential:
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, classes))
+def mlp(classes: int, width: int = 96) -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, classes))
 
 
 def cnn(classes: int, channels: tuple[int, int] = (16, 32)) -> nn.Sequential:
@@ -148,6 +148,7 @@ def cnn(classes: int, channels: tuple[int, int] = (16, 32)) -> nn.Sequential:
 MODELS: dict[str, Callable[[int], nn.Sequential]] = {
     "MLP": mlp,
     "CNN": cnn,
+    "narrow MLP": partial(mlp, width=32),
     "narrow CNN": partial(cnn, channels=(8, 16)),
 }
 

@@ -70,6 +70,7 @@ def layers() -> dict[str, tuple[Program, dict[str, int]]]:
                 add(f"average_pool {name} {counts}", layer)
     for kind in ACTIVATIONS:
         add(kind, Layer(kind, (0,), (5, 3, 2), (5, 3, 2)))
+    add("sine", Layer("sine", (0,), (5, 3, 2), (5, 3, 2), eps=3.0))
     shape = (6, 3, 5)
     four = ("w", "b", "m", "v")
     sizes = dict.fromkeys(four, 6)
@@ -314,6 +315,19 @@ def test_activations_hold_over_the_whole_range(kind: str, dtype: torch.dtype) ->
     eps = torch.finfo(dtype).eps
     # Far below zero both GELU multiply what has lost its digits, in the argument of the exponential.
     torch.testing.assert_close(made.double(), expected, rtol=8 * eps, atol=32 * eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sines_hold_wherever_their_argument_is_known(dtype: torch.dtype) -> None:
+    code, _ = encode(Program((1,), (Layer("sine", (0,), (1,), (1,), eps=1.0),)), {})
+    near = torch.pi / 2 * torch.arange(-40, 41)  # where a digit is easily lost
+    x = torch.cat([torch.linspace(-9000, 9000, 20001), near, torch.tensor([1e7, 1e20, 0.0, -0.0])])
+    x = x.to(dtype)[:, None]
+    made = population_logits(torch.zeros(1, 3, dtype=dtype), x, code, True)[0]
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(made.double(), x.double().sin(), rtol=4 * eps, atol=eps)
+    nothing = torch.tensor([[torch.inf], [-torch.inf], [torch.nan]], dtype=dtype)
+    assert population_logits(torch.zeros(1, 3, dtype=dtype), nothing, code, True).isnan().all()
 
 
 def test_threads_do_not_change_a_bit() -> None:

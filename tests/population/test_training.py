@@ -49,6 +49,15 @@ class Tied(nn.Module):
         return self.last(self.second(self.first(x).tanh()).relu())
 
 
+class Sine(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(self.factor * x)
+
+
 def images(*layers: nn.Module) -> tuple[nn.Module, tuple[int, ...]]:
     model = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(CLASSES))
     model(torch.zeros(2, 3, 9, 8))
@@ -70,6 +79,8 @@ MODELS = {
     "gelu": lambda: features(nn.GELU()),
     "gelu of tanh": lambda: features(nn.GELU("tanh")),
     "tanh": lambda: features(nn.Tanh()),
+    "sine": lambda: features(Sine(3.0)),
+    "sines of pooled maxima": lambda: images(conv(), nn.MaxPool2d(2), Sine(1.0)),
     "layer norm": lambda: features(nn.LayerNorm(33), nn.ReLU()),
     "layer norm of images": lambda: images(conv(), nn.LayerNorm((4, 7, 6), bias=False)),
     "conv": lambda: images(conv(9), nn.ReLU(), nn.Conv2d(9, 10, 2, bias=False)),

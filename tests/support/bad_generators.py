@@ -385,7 +385,6 @@ SWEEP: dict[tuple[str, str], Rows] = {
     ("generate", "num_networks"): bad_count(0),
     ("generate", "steps"): [*bad_count(), (41, VALUE, "steps must be at most 40, not 41")],
     ("generate", "guidance"): bad_number(0, 1e9),
-    ("generate", "draws"): bad_count(),
     ("generate", "seed"): BAD_SEED,
     ("reconstruct", "flat"): BAD_FLAT,
     ("save", "path"): [

@@ -295,7 +295,6 @@ class WeightGenerator(nn.Module):
         *,
         steps: int = 50,
         guidance: float = 1.0,
-        draws: int = 1,
         seed: int = 0,
     ) -> Tensor:
         """Networks ``[N, P]``, float32, for a dataset; each from other examples and other noise.
@@ -307,7 +306,6 @@ class WeightGenerator(nn.Module):
             num_networks: N.
             steps: evaluations of the denoiser.
             guidance: as :meth:`LatentDiffusion.sample` takes it.
-            draws: sets of examples for each network, over which what the encoder makes of them is averaged.
             seed: of examples and noise.
 
         Raises:
@@ -316,7 +314,6 @@ class WeightGenerator(nn.Module):
             TypeError: an argument has the wrong type.
         """
         _check.count("generate", "num_networks", num_networks, 0)
-        _check.count("generate", "draws", draws, 1)
         _check.seed("generate", seed)
         self.diffusion.check("generate", steps, guidance)
         device = self.floor.device
@@ -324,8 +321,7 @@ class WeightGenerator(nn.Module):
         index = ClassIndex("generate", [dataset], self.classes).to(device)
         generator = torch.Generator(device).manual_seed(seed)
         tasks = torch.zeros(num_networks, dtype=torch.int64, device=device)
-        encoded = [self.encoder(index.draw(tasks, self.examples, generator)) for _ in range(draws)]
-        condition = torch.stack(encoded).mean(0)
+        condition = self.encoder(index.draw(tasks, self.examples, generator))
         z = self.diffusion.sample(condition, generator, steps=steps, guidance=guidance)
         return self._decode(z * self.latent_scale + self.latent_mean)
 

@@ -66,6 +66,7 @@ class _Reader:
         }
         self.names: dict[fx.Node, str] = {}
         self.values: dict[fx.Node, int] = {}
+        self.scaled: dict[fx.Node, tuple[fx.Node, int, float]] = {}  # arguments of sines
         self.embedded: dict[
             fx.Node, tuple[fx.Node, fx.Node]
         ] = {}  # pairs of tokens and their table
@@ -90,6 +91,10 @@ class _Reader:
     def read(self, node: fx.Node) -> None:
         if node.target is _aten.embedding.default:
             return self.embed(node, *node.args, **node.kwargs)
+        if node.target is _aten.mul.Tensor and isinstance(node.args[1], (int, float)):
+            x: Any = node.args[0]
+            self.scaled[node] = x, self.values.get(x, -1), float(node.args[1])
+            return None
         if node.target in _SAME:
             source: Any = node.args[0]
             if source in self.embedded and _shape(node)[0] == self.samples:
@@ -134,6 +139,8 @@ class _Reader:
         eps: float = 0.0,
         momentum: float | None = 0.1,
     ) -> None:
+        if any(value in self.scaled for value in inputs):
+            raise Unsupported(f"{_aten.mul.Tensor} but in a sine")
         if any(value not in self.values for value in inputs):
             raise Unsupported(f"{node.target} of constants or weights")
         named = tuple(None if each is None else self.names.get(each) for each in tensors)
@@ -171,6 +178,13 @@ def _pair(value: Any) -> list[int]:
 
 def _activation(kind: str) -> Callable:
     return lambda reader, node, x: reader.add(kind, node, [x])
+
+
+def _sine(reader: _Reader, node: fx.Node, x: Any) -> None:
+    x, value, factor = reader.scaled.get(x, (x, reader.values.get(x, -1), 1.0))
+    if reader.values.get(x) != value:
+        raise Unsupported("a sine of what was written over")
+    reader.add("sine", node, [x], eps=factor)
 
 
 def _linear(reader: _Reader, node: fx.Node, x: Any, weight: Any, bias: Any = None) -> None:
@@ -299,6 +313,7 @@ _RULES: dict[Any, Callable] = {
     **_each(_aten.relu.default, _aten.relu_.default, rule=_activation("relu")),
     **_each(_aten.silu.default, _aten.silu_.default, rule=_activation("silu")),
     **_each(_aten.tanh.default, _aten.tanh_.default, rule=_activation("tanh")),
+    _aten.sin.default: _sine,
     _aten.gelu.default: _gelu,
     **_each(_aten.add.Tensor, _aten.add_.Tensor, rule=_add),
 }

@@ -26,7 +26,7 @@ def population_forward(
     """Run a population on samples, reducing inside, in eval mode.
 
     Sequential and residual models of linear layers, 2-D convolutions, max and average pools, ReLU, SiLU,
-    GELU, tanh and batch, layer and group norms run in one kernel; other models are mapped over networks
+    GELU, tanh, sine and batch, layer and group norms run in one kernel; other models are mapped over networks
     with ``torch.func`` (``weightops.info.population`` says which and why).
 
     Args:

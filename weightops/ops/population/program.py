@@ -24,6 +24,7 @@ KINDS = (
     "layer_norm",
     "add",
     "token_pair",
+    "sine",
 )
 TENSORS = 4
 SETTINGS = 10
@@ -42,7 +43,7 @@ class Layer:
             fewer where there are none.
         settings: convolutions ``(*kernel, *stride, *padding, *dilation, groups)``; pools ``(*kernel, *stride,
             *padding, *dilation, counts padding)``; ``group_norm`` ``(groups,)``; ``token_pair`` ``(tokens, features)``.
-        eps: of norms.
+        eps: of norms; of ``sine`` the factor of its argument.
         momentum: of batch norm's running statistics in training; ``None``: they are means over all steps.
     """
 

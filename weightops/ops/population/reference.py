@@ -134,6 +134,8 @@ def apply(
         return F.group_norm(x, settings[0] * lanes, weight, bias, eps)
     if kind == "layer_norm":
         return F.layer_norm(x, layer["taken"], weight, bias, eps)
+    if kind == "sine":
+        return torch.sin(x if eps == 1 else eps * x)
     if kind == "gelu_tanh":
         return F.gelu(x, approximate="tanh")
     return {"relu": torch.relu, "silu": F.silu, "gelu": F.gelu, "tanh": torch.tanh}[kind](x)
