@@ -231,12 +231,20 @@ class Run {
   std::vector<Sums> sums_;
 };
 
+// Whether networks run by bfloat16 tiles, in float32.
+inline bool by_tiles(const Plan& plan, int64_t samples) {
+#if WEIGHTOPS_X86
+  return DenseTiles::takes(plan, samples);
+#endif
+  return false;
+}
+
 // Of at least one network and one sample.
 template <class Number>
 void run(const Task<Number>& task, const Team& team) {
 #if WEIGHTOPS_X86
   if constexpr (std::is_same_v<Number, float>)
-    if (DenseTiles::takes(task.plan, task.samples)) return Run<DenseTiles>(task).run(team);
+    if (by_tiles(task.plan, task.samples)) return Run<DenseTiles>(task).run(team);
 #endif
   with_arithmetic<Number>(
       [&](auto arithmetic) { Run<LayerByLayer<decltype(arithmetic)>>(task).run(team); });

@@ -13,6 +13,7 @@
 #include "../core/assign.h"
 #include "../core/isa.h"
 #include "../core/manifold_regime.h"
+#include "../core/population.h"
 
 namespace py = pybind11;
 
@@ -73,6 +74,14 @@ PYBIND11_MODULE(_host, m, py::mod_gil_not_used()) {
         py::arg("duals"), py::arg("threads"));
   m.def("assign", &assign<double>, doc, py::arg("score").noconvert(), py::arg("maximize"),
         py::arg("duals"), py::arg("threads"));
+  m.def(
+      "population_by_tiles",
+      [](const std::vector<int64_t>& code, int64_t weights, int64_t samples) {
+        using namespace weightops::population;
+        return by_tiles(Plan::parse(code.data(), code.size(), weights), samples);
+      },
+      "Whether population_logits and population_eval in float32 go by bfloat16 tiles.",
+      py::arg("code"), py::arg("weights"), py::arg("samples"));
   m.attr("isa") = weightops::isa_name();
   m.def(
       "manifold_regime",

@@ -201,7 +201,15 @@ def test_blocks_and_their_tails_on_shared_and_own_samples(make, samples, dtype) 
 @pytest.mark.parametrize("kind", [None, *ACTIVATIONS])
 @pytest.mark.parametrize(
     "widths",
-    [(64, 32, 10), (64, 32), (65, 33, 64, 17), (31, 90, 47, 1), (300, 64, 32), (32, 16, 32, 48)],
+    [
+        (64, 32, 10),
+        (784, 128, 10),
+        (64, 32),
+        (65, 33, 64, 17),
+        (31, 90, 47, 1),
+        (300, 64, 32),
+        (32, 16, 32, 48),
+    ],
 )
 def test_chains_of_linear_layers(widths: tuple[int, ...], kind: str | None) -> None:
     program, sizes = chain(*widths, kind=kind)

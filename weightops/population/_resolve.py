@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from weightops import _check, _load
+from weightops import _check, _load, _op
 from weightops.ops.population import Program, population_logits
 from weightops.population._compile import PROGRAM, compile_or_reason
 from weightops.population._products import LARGE, is_large, products
@@ -40,9 +40,15 @@ class Runner:
     reason: str = ""
     call: Callable[[Tensor, Tensor], Tensor] | None = None
 
-    def by_products(self, device: torch.device) -> bool:
+    def by_products(self, flat: Tensor, x: Tensor) -> bool:
         """Whether products of many networks at once are faster than the CPU's kernel: layers are large."""
-        return self.program is not None and device.type == "cpu" and is_large(self.program)
+        if self.program is None or not flat.is_cpu or not is_large(self.program):
+            return False
+        # Tiles that are as exact are faster still, but only products may be less so.
+        exact = flat.dtype == torch.float32 and _op.matmul_precision(flat.dtype) == "highest"
+        host = _load.host() if exact else None
+        samples = x.shape[0 if self.shared else 1]
+        return not (host and host.population_by_tiles(self.code, self.numel, samples))
 
     def products(self, flat: Tensor, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Groups of networks: which ones, and their outputs ``[n, B, K]``."""
@@ -51,7 +57,7 @@ class Runner:
 
     def logits(self, flat: Tensor, x: Tensor) -> Tensor:
         """``[N, B, K]``, differentiable."""
-        if self.by_products(flat.device) and len(flat):
+        if self.by_products(flat, x) and len(flat):
             return torch.cat([made for _, made in self.products(flat, x)])
         if self.program is not None:
             return population_logits(flat, x, self.code, self.shared)
@@ -127,7 +133,7 @@ def explain(spec_or_model: WeightSpec | nn.Module, x: Tensor) -> str:
             "torch.func: networks are mapped one by one, in training too, since no kernel has "
             f"{runner.reason}"
         )
-    if runner.by_products(x.device):
+    if runner.by_products(x, x):
         runs = f"products of many networks at once: a linear layer has {LARGE:,} weights or more"
     else:
         kinds = ", ".join(layer.kind.replace("_", " ") for layer in runner.program.layers)

@@ -70,7 +70,7 @@ def loss_and_accuracy(
 
 
 def _evaluated(runner: Runner, flat: Tensor, x: Tensor, checked: Tensor, reduce: str) -> Tensor:
-    if runner.by_products(flat.device) and len(flat):
+    if runner.by_products(flat, x) and len(flat):
         # Reduced as they come, so that no [N, B, K] is held.
         each = reference.for_each(checked, len(flat))
         groups = runner.products(flat, x)
