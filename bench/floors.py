@@ -1,8 +1,14 @@
-"""What this machine can do, measured in the run that quotes it: copying bytes, multiplying matrices."""
+"""What this machine can do, measured in the run that quotes it: copying bytes, multiplying matrices, multiply-adds."""
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 
 import torch
 from timing import matmul_precision, seconds
@@ -27,3 +33,33 @@ def flop_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
 
     with matmul_precision("highest"):
         return max(map(rate, (512, 1024, 2048)))
+
+
+@cache
+def peak_rate() -> float:
+    """Operations per second of float32 multiply-adds in the registers of as many cores as torch has threads.
+
+    ``torch.mm`` comes to well under half of it on some machines.
+    """
+    threads, rounds = torch.get_num_threads(), 1_000_000
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "peak.so")
+        source = Path(__file__).with_name("peak.cpp")
+        subprocess.run(
+            ["c++", "-std=c++17", "-O3", "-shared", "-fPIC", source, "-o", library], check=True
+        )
+        # ctypes lets go of the GIL meanwhile.
+        multiply_add = ctypes.CDLL(str(library)).multiply_add
+    multiply_add.restype = ctypes.c_double
+    multiply_add.argtypes = [ctypes.c_int64, ctypes.c_void_p]
+
+    def rate(pool: ThreadPoolExecutor) -> float:
+        began = time.perf_counter()
+        started = [
+            pool.submit(multiply_add, rounds, (ctypes.c_float * 2)(0.5, 1e-3))
+            for _ in range(threads)
+        ]
+        return sum(each.result() for each in started) / (time.perf_counter() - began)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return max(rate(pool) for _ in range(20))

@@ -16,10 +16,11 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"
 NATIVE_TESTS = [
     *(
         f"tests/ops/test_{name}.py"
-        for name in ("assign", "equivariant", "manifold", "match", "permute")
+        for name in ("assign", "equivariant", "fourier", "manifold", "match", "permute")
     ),
     *(f"tests/population/test_{name}.py" for name in ("forward", "pairs", "training")),
     "tests/circles/test_training.py",
+    "tests/ops/test_token_pair.py",
     *("tests/tokens/test_packing.py", "tests/tokens/test_statistics.py"),
 ]
 

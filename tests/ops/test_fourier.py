@@ -7,6 +7,7 @@ from torch import Tensor
 import weightops
 from weightops import testing
 from weightops.ops import fourier
+from weightops.ops.fourier import reference
 
 GENERATOR = torch.Generator().manual_seed(0)
 LENGTHS = [3, 4, 7, 11, 12, 59]
@@ -29,6 +30,47 @@ def test_signals_and_gradients_are_those_of_the_transform(p: int) -> None:
     torch.testing.assert_close(weightops.fourier_signal(x[0]), made[0].detach())
     single = weightops.fourier_signal(x.float())
     torch.testing.assert_close(single.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("d", [0, 1, 7, 16, 33, 128])
+@pytest.mark.parametrize("p", [3, 13, 59, 300])
+def test_the_kernel_is_the_definition(p: int, d: int, dtype: torch.dtype) -> None:
+    x = testing.FourierSignal(3, p, d, dtype).make().mT.contiguous().mT
+    matrix = reference.transform(p, dtype, x.device)
+    made = fourier._signal(x, matrix)
+    torch.testing.assert_close(made, reference.signal(x, matrix))
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            assert fourier._signal(x, matrix).equal(made)
+            assert fourier._signal(x[1:2], matrix).equal(made[1:2])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("p", "d"), [(59, 1), (12, 1), (521, 3)])
+def test_where_torchs_transform_is_faster_signals_are_the_same(p: int, d: int) -> None:
+    x = testing.FourierSignal(2, p, d, torch.float64).make().requires_grad_()
+    assert fourier._by_fft(x)
+    made = weightops.fourier_signal(x)
+    expected = reference.signal(x, weightops.fourier_transform(p))
+    torch.testing.assert_close(made, expected, rtol=1e-11, atol=1e-11)
+    grads = [torch.autograd.grad(each.sin().sum(), x)[0] for each in (made, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
+    zero = torch.zeros(p, d, dtype=torch.float64, requires_grad=True)
+    assert not torch.autograd.grad(weightops.fourier_signal(zero).sum(), zero)[0].any()
+
+
+def test_the_transform_that_is_kept_serves_whatever_comes_after_it() -> None:
+    x = torch.randn(2, 23, 3, generator=GENERATOR, dtype=torch.float64)
+    with torch.inference_mode():
+        weightops.fourier_signal(x)
+    torch.func.grad(lambda x: weightops.fourier_signal(x).sum())(x)
+    x.requires_grad_()
+    weightops.fourier_signal(x).sum().backward()
+    torch.testing.assert_close(weightops.fourier_signal(x), by_fft(x))
 
 
 @pytest.mark.parametrize("p", LENGTHS)

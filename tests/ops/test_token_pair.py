@@ -14,9 +14,7 @@ GENERATOR = torch.Generator().manual_seed(0)
 
 
 def problem(m: int, p: int, d: int, h: int, b: int, dtype: torch.dtype = torch.float64) -> list:
-    shapes = ((m, p, d), (m, h, 2 * d), (m, h))
-    parts = [torch.randn(shape, generator=GENERATOR, dtype=dtype) for shape in shapes]
-    return [torch.randint(p, (m, b, 2), generator=GENERATOR), *parts]
+    return list(testing.TokenPairs(m, p, d, h, b, dtype).make())
 
 
 def loop(pairs: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -54,27 +52,45 @@ def test_one_network_and_shared_pairs_are_those_of_many() -> None:
     torch.testing.assert_close(no_bias, loop(pairs, *parts[:2], torch.zeros_like(parts[2])))
 
 
-def test_gradients_are_the_same_to_the_bit_with_any_number_of_threads() -> None:
-    pairs = problem(4, 59, 16, 24, 3000)[0]
-    grads, threads = [], torch.get_num_threads()
+@pytest.mark.parametrize("networks", [1, 3, 4])
+def test_sums_are_the_same_to_the_bit_with_any_number_of_threads(networks: int) -> None:
+    pairs = problem(networks, 59, 16, 24, 3000)[0]
+    values = torch.randn(networks, 3000, 100, generator=GENERATOR)
+    sums, threads = [], torch.get_num_threads()
     try:
-        for n in (1, 2, 2):
+        for n in (1, 2, 3):
             torch.set_num_threads(n)
-            values = torch.ones(4, 3000, 24).cos() * pairs[..., :1].sin()
-            grads.append(token_pair.token_pair_sum(values, pairs, 59))
+            sums.append(token_pair.token_pair_sum(values, pairs, 59))
     finally:
         torch.set_num_threads(threads)
-    assert grads[0].equal(grads[1])
-    assert grads[0].equal(grads[2])
+    assert sums[0].equal(sums[1])
+    assert sums[0].equal(sums[2])
+    for n in range(networks):
+        alone = token_pair.token_pair_sum(values[n : n + 1], pairs[n : n + 1], 59)
+        assert alone.equal(sums[0][n : n + 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [1, 7, 64, 100, 300])
+@pytest.mark.parametrize(("networks", "count"), [(3, 17), (5, 2784)])
+def test_kernels_are_the_definition(
+    networks: int, count: int, width: int, dtype: torch.dtype
+) -> None:
+    pairs = problem(networks, 59, 1, 1, count)[0]
+    tables = torch.randn(networks, 2, 59, width, generator=GENERATOR, dtype=dtype)
+    values = torch.randn(networks, width, count, generator=GENERATOR, dtype=dtype).mT
+    for of in (pairs, pairs[:1], pairs[:1].expand(networks, -1, -1)):
+        assert token_pair.token_pair_add(tables, of).equal(reference.add(tables, of))
+        expected = reference.sum(values, of, 59)
+        torch.testing.assert_close(token_pair.token_pair_sum(values, of, 59), expected)
 
 
 @pytest.mark.parametrize("networks", [1, 3])
-def test_sums_for_devices_are_those_of_the_definition(networks: int) -> None:
+def test_sums_for_gpus_are_those_of_the_definition(networks: int) -> None:
     pairs = problem(networks, 7, 1, 1, 40)[0]
     values = torch.randn(3, 40, 5, generator=GENERATOR, dtype=torch.float64)
     expected = reference.sum(values, pairs, 9)
-    for each in (reference.sorted_sum, reference.indexed_sum):
-        torch.testing.assert_close(each(values, pairs, 9), expected)
+    torch.testing.assert_close(reference.sorted_sum(values, pairs, 9), expected)
 
 
 def test_a_network_that_is_not_finite_leaves_the_others_alone() -> None:

@@ -16,6 +16,7 @@ from weightops.testing.checks import (
     check_op,
     check_transform,
 )
+from weightops.testing.circles import FourierSignal, TokenPairs
 from weightops.testing.manifold import REGIMES, ManifoldConv, ManifoldLinear, Synthesize
 from weightops.testing.problems import (
     PLAN_OPTIONS,
@@ -50,12 +51,14 @@ __all__ = [
     "WEIGHT_SPACES",
     "Assign",
     "Equivariant",
+    "FourierSignal",
     "Function",
     "ManifoldConv",
     "ManifoldLinear",
     "Networks",
     "PermuteAxes",
     "Synthesize",
+    "TokenPairs",
     "assert_equivariant",
     "best_time",
     "check_autocast",

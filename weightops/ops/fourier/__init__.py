@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -51,6 +52,25 @@ _signal: Callable = _op.define(
 )
 
 
+@lru_cache(maxsize=8)
+def _kept_matrix(p: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return reference.transform(p, dtype, device)
+
+
+def _matrix(p: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The transform, made once where nothing wraps what is made."""
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    make = reference.transform if traced or _op._transforms_active() else _kept_matrix
+    return make(p, dtype, device)
+
+
+def _by_fft(embedding: Tensor) -> bool:
+    """Whether torch's own transform is the faster one: of one dimension, and from some length on (measured)."""
+    p, d = embedding.shape[-2:]
+    return embedding.device.type == "cpu" and (d == 1 or p * embedding.dtype.itemsize >= 4096)
+
+
 def fourier_transform(p: int) -> Tensor:
     """The discrete Fourier transform of length p as a matrix, each frequency once and without the mean.
 
@@ -91,7 +111,10 @@ def fourier_signal(embedding: Tensor) -> Tensor:
             f"{where}: embedding must have p >= 3 tokens of d >= 1 dimensions, not shape "
             f"{list(embedding.shape)}"
         )
-    matrix = reference.transform(p, embedding.dtype, embedding.device)
+    if _by_fft(embedding):
+        rows = torch.fft.rfft(embedding, dim=-2)[..., 1 : (p + 1) // 2, :]
+        return torch.linalg.vector_norm(rows, dim=-1)
+    matrix = _matrix(p, embedding.dtype, embedding.device)
     if embedding.dim() == 3:
         return _signal(embedding, matrix)
     return _signal(embedding[None], matrix)[0]

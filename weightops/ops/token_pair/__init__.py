@@ -52,14 +52,6 @@ token_pair_sum: Callable = _op.define(
     backward=lambda args, needs, grad: (token_pair_add(grad, args[1]), None, None),
     jvp=lambda args, values, *_: token_pair_sum(values, *args[1:]),
 )
-
-
-def _indexed_sum(values: Tensor, pairs: Tensor, tokens: int) -> Tensor:
-    _refuse(pairs, tokens)
-    return reference.indexed_sum(values, pairs, tokens)
-
-
-_op.serve("token_pair_sum", "cpu", _indexed_sum, by="index_add (plain torch)")
 _op.serve("token_pair_sum", "cuda", reference.sorted_sum, by="sorted sums (plain torch)")
 _tables = _op._exactly(reference.tables)
 

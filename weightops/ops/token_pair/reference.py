@@ -37,15 +37,6 @@ def sum(values: Tensor, pairs: Tensor, tokens: int) -> Tensor:
     return torch.stack([zeros.scatter_add(1, index[:, :, n], values) for n in (0, 1)], 1)
 
 
-def indexed_sum(values: Tensor, pairs: Tensor, tokens: int) -> Tensor:
-    """:func:`sum` for CPUs, where ``index_add`` is one loop over the rows, four times faster than ``scatter_add``."""
-    first, second = (rows.reshape(-1) for rows in _rows(pairs, values.shape[0], tokens))
-    flat = values.flatten(0, 1)
-    made = flat.new_zeros(2 * tokens * values.shape[0], values.shape[2])
-    made.index_add_(0, first, flat).index_add_(0, second, flat)
-    return made.view(values.shape[0], 2, tokens, values.shape[2])
-
-
 def sorted_sum(values: Tensor, pairs: Tensor, tokens: int) -> Tensor:
     """:func:`sum` without atomic additions, whose order on a GPU is another each time."""
     networks, width = values.shape[0], values.shape[2]
