@@ -26,10 +26,17 @@ def device() -> str:
 
 @pytest.fixture
 def measure(benchmark, device):
-    """``measure(f, bytes, flops, dtype)`` times ``f`` and records the floor measured in this run."""
+    """``measure(f, bytes, flops, dtype)`` times ``f`` and records the floor measured in this run.
+
+    ``rate``, FLOPs per second, takes the place of ``torch.mm``'s.
+    """
 
     def run(
-        f, bytes_moved: int | None = None, flops: int = 0, dtype: torch.dtype = torch.float32
+        f,
+        bytes_moved: int | None = None,
+        flops: int = 0,
+        dtype: torch.dtype = torch.float32,
+        rate: float | None = None,
     ) -> None:
         if benchmark.disabled:
             benchmark.pedantic(f)
@@ -44,7 +51,7 @@ def measure(benchmark, device):
         if bytes_moved:
             floor = bytes_moved / floors.copy_bandwidth(bytes_moved, device)
             if flops:
-                floor = max(floor, flops / floors.flop_rate(device, dtype))
+                floor = max(floor, flops / (rate or floors.flop_rate(device, dtype)))
             benchmark.extra_info.update(
                 bytes=bytes_moved,
                 gb_per_s=round(bytes_moved / took / 1e9, 2),

@@ -34,6 +34,7 @@ GOALS: dict[str, tuple[float | None, float | None]] = {
     "population 64 CNNs forward": (1.4, 8.0),
     "population 256 MLPs 64-32-10 forward": (None, 3.0),
     "population 64 MLPs 784-128-10 forward": (None, 1.0),
+    **{f"circles training {n} networks": (1.7, None) for n in (16, 64)},
 }
 for _network, _least in (
     ("vgg16", 10.0),
@@ -120,6 +121,16 @@ AGAINST: dict[str, list[Against]] = {
     "population 64 *": [
         Against("medium against medium", ("medium-*",), 1.0, ours="weightops-medium")
     ],
+    "circles training *": [
+        *_peers(loop=7.0, vmap=None, factored=2.0),
+        Against("against factored at medium", ("medium-factored",)),
+        Against(
+            "probes of every step, against none", ("weightops",), most=1.03, ours="weightops-probes"
+        ),
+        Against("against 16 networks at a time", ("weightops-16s",), most=1.1),
+    ],
+    "token_pair_linear *": _peers(linear_loop=None, linear_batched=None, factored=None),
+    "fourier_signal *": _peers(fft=None, rfft=None),
     "tokens pack resnet18*": [
         Against("against copying the tokens", ("clone",), most=2.0),
         *_peers(layer_by_layer=10.0, sane_style=10.0),

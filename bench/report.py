@@ -28,12 +28,18 @@ from goals import (
 FLOORS = ("copy_", "clone")
 # What stands beside a problem without solving it, or solves it at another precision.
 NO_PEERS = ("weightops*", "medium-*", "read*", "write", "F.linear", *FLOORS)
+# The first words of groups whose floor is counted: their bytes and FLOPs at this machine's rates.
+COUNTED = (
+    *("circles", "fourier_signal", "manifold", "match"),
+    *("population", "token_pair_linear", "universe"),
+)
 # The first word of a group -> the table it stands in.
 HEADINGS = {
     "equivariant": "Equivariant layers",
     "manifold": "Weight manifolds",
     **dict.fromkeys(("match", "universe", "barrier", "trace", "verify"), "Alignment"),
     **dict.fromkeys(("population", "tokens"), "Populations"),
+    **dict.fromkeys(("circles", "token_pair_linear", "fourier_signal"), "Circles"),
 }
 
 
@@ -142,7 +148,7 @@ def _floor(name: str, members: dict[str, dict]) -> float | None:
     for key in FLOORS:
         if key in members:
             return _ms(members[key])
-    return counted if name.startswith(("manifold", "match", "population", "universe")) else None
+    return counted if name.startswith(COUNTED) else None
 
 
 def _best(
