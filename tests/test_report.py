@@ -1,5 +1,6 @@
 """What the report makes of benchmarks, and that its goals are benchmarks' own."""
 
+import bench_circles
 import bench_manifold
 import goals
 import pytest
@@ -71,6 +72,32 @@ def test_every_goal_of_the_manifolds_has_its_benchmark() -> None:
     groups = {f"manifold {problem} {passes}" for problem, passes, _ in bench_manifold.PER_SAMPLE}
     groups.add(f"manifold synthesize {bench_manifold.NETWORK}")
     assert {name for name in goals.GOALS if name.startswith("manifold")} <= groups
+
+
+def test_training_of_circles_is_held_against_loops_probes_and_fewer_networks() -> None:
+    times = {
+        "weightops": 10.0,
+        "weightops-probes": 10.2,
+        "weightops-16s": 8.0,
+        "loop": 80.0,
+        "factored": 19.0,
+        "medium-factored": 15.0,
+    }
+    for networks in bench_circles.TRAININGS:
+        name = f"circles training {networks} networks"
+        rows = rows_of(name, times, weightops={"floor_ms": 6.0})
+        assert {what: row.met for what, row in rows.items()} == {
+            "": True,
+            "against loop": True,
+            "against factored": False,
+            "against factored at medium": None,
+            "probes of every step, against none": True,
+            "against 16 networks at a time": False,
+        }
+        assert (rows[""].peer, rows[""].over_floor) == ("factored", pytest.approx(10 / 6))
+    assert {name for name in goals.GOALS if name.startswith("circles")} == {
+        f"circles training {networks} networks" for networks in bench_circles.TRAININGS
+    }
 
 
 def test_families_have_tables_of_their_own() -> None:

@@ -18,13 +18,14 @@ def train(num_models: int = 3, **options: Any) -> circles.Training:
 
 def loop(training: circles.Training, start: torch.Tensor, n: int, **options: Any) -> Any:
     """The plain loop of one network: losses and weights."""
-    network = circles.PairNetwork(11, 6, 12).double()
+    p, d = training.spec.shapes["embedding.weight"]
+    network = circles.PairNetwork(p, d, training.spec.shapes["third.weight"][1]).double()
     training.spec.load_(network, start)
     options = {"lr": 0.01, "weight_decay": 0.5} | options
     optimizer = torch.optim.AdamW(network.parameters(), **options)
     pairs, losses = training.pairs[n], []
-    for _ in range(6):
-        loss = F.cross_entropy(network(pairs), pairs.sum(1) % 11)
+    for _ in training.losses:
+        loss = F.cross_entropy(network(pairs), pairs.sum(1) % p)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -40,6 +41,13 @@ def test_steps_are_those_of_torch() -> None:
         torch.testing.assert_close(given.flat[n], row.detach(), rtol=0, atol=1e-11)
     single = train(dtype=torch.float32)
     torch.testing.assert_close(single.losses.double(), given.losses, rtol=1e-4, atol=1e-5)
+
+
+def test_five_steps_of_the_papers_network_have_torchs_losses() -> None:
+    given, start = (circles.train(2, 59, 128, steps=n, dtype=torch.float64) for n in (5, 0))
+    for n in range(2):
+        losses, _ = loop(given, start.flat[n], n)
+        torch.testing.assert_close(given.losses[:, n], losses, rtol=0, atol=1e-10)
 
 
 def test_each_network_has_a_learning_rate_of_its_own() -> None:
