@@ -41,7 +41,7 @@ def peak_rate() -> float:
 
     ``torch.mm`` comes to well under half of it on some machines.
     """
-    threads, rounds = torch.get_num_threads(), 1_000_000
+    threads, rounds = torch.get_num_threads(), 4_000_000
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "peak.so")
         source = Path(__file__).with_name("peak.cpp")
