@@ -187,8 +187,13 @@ def _frequencies(rows: Tensor, p: int) -> Tensor:
     return torch.linalg.vector_norm(rows[:, 1 : (p + 1) // 2], dim=2)
 
 
+@cache
+def _transform(p: int) -> Tensor:
+    return fourier_transform(p).float()
+
+
 def product(embedding: Tensor) -> Tensor:
-    rows = fourier_transform(embedding.shape[1]).to(embedding) @ embedding[:, None]
+    rows = _transform(embedding.shape[1]) @ embedding[:, None]
     return torch.linalg.vector_norm(rows, dim=(1, 3))
 
 
