@@ -1,60 +1,54 @@
-// The signal of each frequency in an embedding of cyclic tokens: norms of the rows of its Fourier
-// transform, during a training.
+// The signal of each frequency in an embedding of cyclic tokens, during a training.
 #pragma once
 
 #include <cmath>
 #include <vector>
 
-#include "population_pairs.h"
+#include "fourier.h"
 
 namespace weightops::population {
 
-template <class Number>
-struct Signals {
-  int64_t embedding, tokens, features, every;
-  std::vector<Number> matrix;  // [real and imaginary of 1, of 2, ...][token]
-
-  Signals(int64_t place, int64_t p, int64_t d, int64_t steps)
-      : embedding(place), tokens(p), features(d), every(steps) {
-    for (int64_t k = 1; k <= frequencies(); ++k)
-      for (const double quarter : {0.0, 0.25})
-        for (int64_t n = 0; n < p; ++n)
-          // Whole turns are left out in integers.
-          matrix.push_back(std::cos(2 * M_PI * (double(k * n % p) / double(p) + quarter)));
-  }
-
+// Where in a network's row the embedding [tokens, features] begins, and of how many steps, counted
+// from 0, its signals are recorded.
+struct Probe {
+  int64_t place, tokens, features, every;
   int64_t frequencies() const { return (tokens - 1) / 2; }
 
-  template <class Arithmetic>
-  void measure(const Number* row, Number* signals) const {
-    constexpr int lanes = Arithmetic::lanes;
-    const int64_t wide = (features + lanes - 1) / lanes * lanes, rows = 2 * frequencies();
-    Number* table = room_of<Number, 4>((tokens + rows) * wide);
-    widen(row + embedding, tokens, features, wide, table);
-    Product<Number> product{};
-    product.a = matrix.data();
-    product.row = tokens;
-    product.left[1] = 1;
-    product.b = table;
-    product.column = product.to_column = lanes;
-    product.right[1] = product.to_row = wide;
-    product.depth[0] = 1;
-    product.depth[1] = tokens;
-    product.to = table + tokens * wide;
-    multiply<Arithmetic>(product, rows, wide / lanes);
-    enter<Arithmetic::bytes>([&]() __attribute__((always_inline)) {
-      const Number* from = product.to;
-      for (int64_t k = 0; k < frequencies(); ++k, from += 2 * wide) {
-        typename Arithmetic::Vector sum[2] = {};
-        for (int64_t at = 0; at < wide; at += lanes)
-          for (int half = 0; half < 2; ++half) {
-            const auto found = Arithmetic::load(from + half * wide + at);
-            sum[half] += found * found;
-          }
-        signals[k] = std::sqrt(Arithmetic::total(sum[0] + sum[1]));
-      }
-    });
+  // Cosines, and then sines, [2, frequencies, tokens].
+  template <class Number>
+  std::vector<Number> transform() const {
+    std::vector<Number> matrix;
+    for (const double quarter : {0.0, 0.25})
+      for (int64_t k = 1; k <= frequencies(); ++k)
+        for (int64_t n = 0; n < tokens; ++n)
+          // Whole turns are left out in integers.
+          matrix.push_back(
+              std::cos(2 * M_PI * (double(k * n % tokens) / double(tokens) + quarter)));
+    return matrix;
   }
+};
+
+template <class Arithmetic>
+class Signals {
+  using Number = typename Arithmetic::Number;
+
+ public:
+  explicit Signals(const Probe& probe)
+      : probe_(probe),
+        signal_({probe.frequencies(), probe.tokens, probe.features},
+                probe.transform<Number>().data()) {}
+
+  // Of a network's row before step `step`, if it is recorded: whether it was.
+  bool record(int64_t step, const Number* row, Number* signals) {
+    if (step % probe_.every != 0) return false;
+    signal_(row + probe_.place, 0, signal_.tiles(), signals, workspace_);
+    return true;
+  }
+
+ private:
+  Probe probe_;
+  fourier::Signal<Arithmetic> signal_;
+  typename fourier::Signal<Arithmetic>::Workspace workspace_;
 };
 
 }  // namespace weightops::population

@@ -18,21 +18,17 @@ struct Job {
   Number* losses;
   int64_t next_loss;
   double rate;
-  const Signals<Number>* signals;  // null: not asked for
-  Number* found;                   // of the first step that is recorded
+  Number* found;  // signals of the first step that is recorded
   int64_t next_found;
 };
 
 template <class Arithmetic, class Number = typename Arithmetic::Number>
 void train(Worker<Arithmetic>& worker, const Job<Number>& job, const Optimizer& optimizer,
            const std::vector<int64_t>& trained, int64_t weights, int64_t first_step, int64_t steps,
-           Number* grads) {
+           Number* grads, Signals<Arithmetic>* signals = nullptr) {
   Number* found = job.found;
   for (int64_t s = 0; s < steps; ++s) {
-    if (job.signals && (first_step + s) % job.signals->every == 0) {
-      job.signals->template measure<Arithmetic>(job.flat, found);
-      found += job.next_found;
-    }
+    if (signals && signals->record(first_step + s, job.flat, found)) found += job.next_found;
     const bool all = job.batches == nullptr;
     job.losses[s * job.next_loss] =
         worker.loss_grad(job.flat, job.samples, all ? nullptr : job.batches + s * job.next_batch,

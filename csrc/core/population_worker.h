@@ -14,8 +14,12 @@
 namespace weightops::population {
 
 // The work room of a thread: one network at a time.
-template <class Arithmetic>
+template <class Arithmetic_>
 class Worker {
+ public:
+  using Arithmetic = Arithmetic_;
+
+ private:
   using Number = typename Arithmetic::Number;
   using Vector = typename Arithmetic::Vector;
   static constexpr int64_t lanes = Arithmetic::lanes;

@@ -107,14 +107,12 @@ std::tuple<Tensor, Tensor> population_loss_grad(const Tensor& flat, const Tensor
 template <class Number>
 void run_steps(const Data& data, const Tensor& batches, const Tensor& rates,
                const population::Optimizer& optimizer, const std::vector<int64_t>& trained,
-               int64_t first_step, const std::vector<int64_t>& probe, Tensor& flat, Tensor& state,
-               Tensor& losses, Tensor& found_signals) {
+               int64_t first_step, const std::optional<population::Probe>& probe, Tensor& flat,
+               Tensor& state, Tensor& losses, Tensor& found_signals) {
   const int64_t steps = batches.size(0), batch = batches.size(2), networks = data.networks;
   auto* weights = static_cast<Number*>(flat.mutable_data_ptr());
   auto* moments = static_cast<Number*>(state.mutable_data_ptr());
   auto* found = static_cast<Number*>(losses.mutable_data_ptr());
-  std::optional<population::Signals<Number>> signals;
-  if (!probe.empty()) signals.emplace(probe[0], probe[1], probe[2], probe[3]);
   const int64_t frequencies = found_signals.size(2);
   auto* signal = static_cast<Number*>(found_signals.mutable_data_ptr());
   const int64_t second = optimizer.method == population::Method::adamw ? networks : 0;
@@ -130,10 +128,16 @@ void run_steps(const Data& data, const Tensor& batches, const Tensor& rates,
     job.losses = found + n;
     job.next_loss = networks;
     job.rate = rates.const_data_ptr<double>()[n];
-    job.signals = signals ? &*signals : nullptr;
     job.found = signal + n * frequencies;
     job.next_found = networks * frequencies;
-    population::train(worker, job, optimizer, trained, data.weights, first_step, steps, grads);
+    const auto train = [&](auto* signals) {
+      population::train(worker, job, optimizer, trained, data.weights, first_step, steps, grads,
+                        signals);
+    };
+    using Signals = population::Signals<typename std::decay_t<decltype(worker)>::Arithmetic>;
+    if (!probe) return train(static_cast<Signals*>(nullptr));
+    Signals signals(*probe);
+    train(&signals);
   });
 }
 
@@ -201,14 +205,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> population_steps(
   Tensor flat = torch::stable::clone(data.flat);
   Tensor state = torch::stable::clone(torch::stable::contiguous(given_state));
   Tensor losses = torch::stable::new_empty(data.flat, {batches.size(0), data.networks});
+  std::optional<population::Probe> recorder;
   int64_t recorded = 0;
-  for (int64_t s = 0; !probe.empty() && s < batches.size(0); ++s)
-    recorded += (first_step + s) % probe[3] == 0;
+  if (!probe.empty()) recorder.emplace(population::Probe{probe[0], probe[1], probe[2], probe[3]});
+  for (int64_t s = 0; recorder && s < batches.size(0); ++s)
+    recorded += (first_step + s) % recorder->every == 0;
   Tensor signals = torch::stable::new_empty(
-      data.flat, {recorded, data.networks, probe.empty() ? 0 : (probe[1] - 1) / 2});
+      data.flat, {recorded, data.networks, recorder ? recorder->frequencies() : 0});
   const auto run = [&](auto number) {
-    run_steps<decltype(number)>(data, batches, rates, optimizer, trained, first_step, probe, flat,
-                                state, losses, signals);
+    run_steps<decltype(number)>(data, batches, rates, optimizer, trained, first_step, recorder,
+                                flat, state, losses, signals);
   };
   switch (given.scalar_type()) {
     case ScalarType::Float: run(float()); break;
