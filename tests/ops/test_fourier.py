@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import weightops
-from weightops import testing
+from weightops import _load, testing
 from weightops.ops import fourier
 from weightops.ops.fourier import reference
 
@@ -38,16 +38,24 @@ def test_signals_and_gradients_are_those_of_the_transform(p: int) -> None:
 def test_the_kernel_is_the_definition(p: int, d: int, dtype: torch.dtype) -> None:
     x = testing.FourierSignal(3, p, d, dtype).make().mT.contiguous().mT
     matrix = reference.transform(p, dtype, x.device)
-    made = fourier._signal(x, matrix)
-    torch.testing.assert_close(made, reference.signal(x, matrix))
-    threads = torch.get_num_threads()
+    torch.testing.assert_close(fourier._signal(x, matrix), reference.signal(x, matrix))
+
+
+@pytest.mark.skipif(not _load.has_kernel("fourier_signal", "cpu"), reason="torch's products differ")
+@pytest.mark.parametrize("networks", [1, 3])
+def test_signals_are_the_same_to_the_bit_with_any_number_of_threads(networks: int) -> None:
+    x = testing.FourierSignal(networks, 300, 33).make()
+    matrix = reference.transform(300, x.dtype, x.device)
+    signals, threads = [], torch.get_num_threads()
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            assert fourier._signal(x, matrix).equal(made)
-            assert fourier._signal(x[1:2], matrix).equal(made[1:2])
+            signals.append(fourier._signal(x, matrix))
     finally:
         torch.set_num_threads(threads)
+    assert signals[0].equal(signals[1])
+    assert signals[0].equal(signals[2])
+    assert fourier._signal(x[:1], matrix).equal(signals[0][:1])
 
 
 @pytest.mark.parametrize(("p", "d"), [(59, 1), (12, 1), (521, 3)])
