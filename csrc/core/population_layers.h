@@ -163,6 +163,17 @@ void pack_layer(const Layer& layer, const Number* row, Number* packed) {
     }
 }
 
+// As pack_layer for the gradient of a linear layer's input: another one, whose outputs those are.
+template <class Arithmetic, class Number = typename Arithmetic::Number>
+void pack_transposed(const Layer& layer, const Number* row, Number* packed) {
+  const int64_t inputs = layer.taken.numel();
+  const Parts chunks(inputs, Tile<Arithmetic::bytes>::outputs);
+  for (int64_t chunk = 0; chunk < chunks.count; ++chunk)
+    for (int64_t o = 0; o < layer.made.channels; ++o)
+      packed = std::copy_n(row + layer.weight + o * inputs + chunks.begin(chunk),
+                           chunks.length(chunk), packed);
+}
+
 template <class Number>
 void pad(const Layer& layer, const Number* from, int64_t width, Number* to) {
   const int64_t across = layer.padding[1] * width, row = layer.taken.width * width;

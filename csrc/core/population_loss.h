@@ -8,6 +8,9 @@
 
 namespace weightops::population {
 
+// Of a block of images.
+constexpr int64_t kMostVectors = 6;
+
 // One network's samples. Targets are classes [rows] or values [rows, outputs].
 template <class Number>
 struct Samples {
@@ -45,7 +48,7 @@ struct Loss {
   }
 
   double cross_entropy(const int64_t* classes) const {
-    Number tops[4 * lanes], totals[4 * lanes];
+    Number tops[kMostVectors * lanes], totals[kMostVectors * lanes];
     enter<Arithmetic::bytes>([&]() __attribute__((always_inline)) {
       const Number share = Number(1) / Number(count);
       for (int64_t image = 0; image < width; image += lanes) {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "population_layers.h"
+#include "population_loss.h"
 
 namespace weightops::population {
 
@@ -21,7 +22,8 @@ struct Work {
     bool rectifies;          // backward: a max pool, for the ReLU before it
     bool keeps_slope;        // an activation: its slope takes the place of what it reads
     int64_t weight, bias;    // where sums of gradients lie
-    int64_t product, packed;
+    int64_t product, packed, transposed;
+    bool packs_back;  // a linear layer whose input's gradient is a product of packed weights
   };
 
   const Plan& plan;
@@ -111,10 +113,12 @@ struct Work {
     int64_t numbers = 0;
     for (int64_t value = 0; value <= layers(); ++value)
       if (place[value] == value) numbers += 2 * plan.numel(value);
-    vectors = 4;
+    // Not eight: rows whose distance is a power of two share few sets of the first-level cache.
+    const auto fewer = [](int64_t count) { return count == kMostVectors ? 4 : count / 2; };
+    vectors = kMostVectors;
     while (vectors > 1 && (vectors * lanes * numbers * int64_t(sizeof(Number)) > kCache ||
-                           (vectors / 2) * lanes >= most_rows))
-      vectors /= 2;
+                           fewer(vectors) * lanes >= most_rows))
+      vectors = fewer(vectors);
     width = vectors * lanes;
   }
 
@@ -141,6 +145,9 @@ struct Work {
       step.packs = layer.kind == Kind::conv || layer.kind == Kind::token_pair ||
                    (linear && most_rows > width);
       if (step.packs) packed += packed_size(layer);
+      step.transposed = packed;
+      step.packs_back = linear && step.packs && layer.inputs[0] > 0;
+      if (step.packs_back) packed += layer.weight_size();
       room = std::max(room, workspace_size(layer, width));
     }
   }
@@ -168,6 +175,7 @@ struct Work {
         step.fresh[i] = in_place(l) || !there;
         there = 1;
       }
+      step.packs_back &= step.fresh[0];
       step.rectifies =
           layer.inputs[0] > 0 && pooled[layer.inputs[0]] && in_place(layer.inputs[0] - 1);
     }

@@ -31,6 +31,9 @@ class Worker {
       products_of_.emplace_back();
       if (work_.steps[l].packs && multiplies(plan.layers[l]))
         products_of_.back().emplace(plan.layers[l], width_);
+      products_back_.emplace_back();
+      if (work_.steps[l].packs_back)
+        products_back_.back().emplace(transposed(plan.layers[l]), width_);
     }
     for (const int64_t l : work_.norms) norms_.emplace_back(plan.layers[l]);
     sums_.get(work_.sums);
@@ -55,9 +58,12 @@ class Worker {
     std::fill_n(sums_.get(0), work_.sums, Number(0));
     std::fill_n(products_.get(0), work_.products, Number(0));
     for (auto& norm : norms_) norm.clear();
-    for (int64_t l = 0; l < work_.layers(); ++l)
-      if (work_.steps[l].packs)
-        pack<Arithmetic>(plan_.layers[l], row, packed_.get(0) + work_.steps[l].packed);
+    for (int64_t l = 0; l < work_.layers(); ++l) {
+      const auto& step = work_.steps[l];
+      if (step.packs) pack<Arithmetic>(plan_.layers[l], row, packed_.get(0) + step.packed);
+      if (step.packs_back)
+        pack_transposed<Arithmetic>(plan_.layers[l], row, packed_.get(0) + step.transposed);
+    }
     // Between two norms all blocks go through the layers, one after the other: statistics are of
     // the whole batch. Behind the last one a block turns back at once.
     const int64_t stages = norms_.size();
@@ -98,6 +104,15 @@ class Worker {
     return v == 0 ? nullptr : grads_[work_.place[v]].get(0) + kept(work_.blocks) * value_size(v);
   }
   Number* input_rows() { return input_rows_.get(0) + kept(work_.taken_blocks) * value_size(0); }
+
+  // The linear layer that takes gradients of outputs to those of inputs.
+  static Layer transposed(Layer layer) {
+    const int64_t inputs = layer.taken.numel();
+    layer.taken = layer.made;
+    layer.made = {inputs, 1, 1};
+    layer.bias = -1;
+    return layer;
+  }
 
   // Makes [begin, begin + width) the block that all else is about.
   void select(const int64_t* picked, int64_t begin, int64_t count) {
@@ -231,6 +246,11 @@ class Worker {
       }
       if (layer.weight >= 0) job.weight = sums_.get(0) + step.weight;
       if (layer.bias >= 0) job.bias = sums_.get(0) + step.bias;
+      if (step.packs_back) {
+        products_back_[l]->run(row, packed_.get(0) + step.transposed, job.grad, job.into[0],
+                               room_.get(0), false);
+        job.into[0] = nullptr;
+      }
       backward_layer<Arithmetic>(layer, job);
       if (layer.kind == Kind::linear) add_products(layer, l);
     }
@@ -320,13 +340,13 @@ class Worker {
   const Plan& plan_;
   const Work<Arithmetic> work_;
   const int64_t width_;
-  std::vector<std::optional<Products<Arithmetic>>> products_of_;
+  std::vector<std::optional<Products<Arithmetic>>> products_of_, products_back_;
   std::vector<BatchNorm<Arithmetic>> norms_;  // in the order of layers
   std::vector<Buffer<Number>> values_, grads_;
   Buffer<Number> sums_, products_, packed_, room_, rows_, input_rows_;
-  int64_t block_ = 0, here_ = 0;   // which block it is, and its images
-  int64_t indices_[4 * lanes];     // rows of its images
-  const Number* taken_ = nullptr;  // samples that lie there from the last time
+  int64_t block_ = 0, here_ = 0;           // which block it is, and its images
+  int64_t indices_[kMostVectors * lanes];  // rows of its images
+  const Number* taken_ = nullptr;          // samples that lie there from the last time
 };
 
 }  // namespace weightops::population

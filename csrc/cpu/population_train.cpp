@@ -69,6 +69,7 @@ struct Data {
   void each(int64_t batch, bool training, F&& f) const {
     with_arithmetic<Number>([&](auto arithmetic) {
       torch::stable::parallel_for(0, networks, 1, [&](int64_t begin, int64_t end) {
+        [[maybe_unused]] const FlushDenormals flush;
         population::Worker<decltype(arithmetic)> worker(plan, batch ? batch : rows, batch == 0,
                                                         training);
         Buffer<Number> grads;

@@ -116,7 +116,12 @@ def split(p: int, share: float, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
         for seed in seeds
     ]
     rows = torch.stack(drawn) if drawn else torch.empty(0, p * p, dtype=torch.int64)
-    parts = (rows[:, :count].sort(1).values, rows[:, count:].sort(1).values)
+    trained = torch.zeros(rows.shape, dtype=torch.bool).scatter_(1, rows[:, :count], True)
+    # In ascending order, without sorting.
+    parts = [
+        torch.where(taken)[1].view(len(rows), size)
+        for taken, size in ((trained, count), (~trained, p * p - count))
+    ]
     first, second = (torch.stack([part // p, part % p], 2) for part in parts)
     return first, second
 
