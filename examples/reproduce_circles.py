@@ -47,7 +47,7 @@ class Plan:
     longer: tuple[int, int] = (8, 3000)
     embeddings: int = 3
     per_embedding: int = 16
-    ratios: tuple[float, ...] = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0)
+    ratios: tuple[float, ...] = (0.1, 0.25, 0.35, 0.5, 0.7, 1.0)
     per_ratio: int = 8
     strength: float = 80.0
     batch: int = 8

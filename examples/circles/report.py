@@ -94,12 +94,12 @@ def shared(results: Results) -> Rows:
 
 
 def competition(results: Results) -> Rows:
-    rows = [["weaker to stronger", "stronger survives", "weaker survives", "circles", "accuracy"]]
+    columns = ["stronger survives", "weaker survives", "others", "3, 5 or 7 times the stronger"]
+    rows = [["weaker to stronger", *columns, "accuracy"]]
     for ratio, found in zip(results["plan"]["ratios"], results["competition"], strict=True):
         shares = [f"{found[name]:.2f}" for name in ("stronger", "weaker")]
-        rows.append(
-            [f"{ratio:.2g}", *shares, spread(found["circles"], 1), spread(found["accuracy"])]
-        )
+        others = [f"{np.mean(found[name]):.1f}" for name in ("born", "odd")]
+        rows.append([f"{ratio:.2g}", *shares, *others, spread(found["accuracy"])])
     return rows
 
 

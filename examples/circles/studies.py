@@ -32,6 +32,8 @@ Results = dict[str, Any]
 FITTED, ALPHA = 1000, 0.01
 #: frequencies that count as an embedding's strongest, and as its weakest
 FEW = 5
+#: multiples of a frequency that a wave has which is more of a square
+ODD = (3, 5, 7)
 #: frequencies in a picture that do not survive
 DEAD = 3
 
@@ -140,15 +142,22 @@ def one_embedding(networks: Networks, each: int) -> Results:
 
 
 def competition(networks: Networks, pairs: Sequence[tuple[int, int]], each: int) -> list[Results]:
-    """Of every ``each`` networks, of one ratio, how often which of the two frequencies survives."""
+    """Of every ``each`` networks, of one ratio, how often which of the two frequencies survives, and which circles
+    there are that were not at the start.
+    """
     index = torch.tensor(pairs) - 1
     survive = networks.alive.gather(1, index)
+    born = networks.alive.scatter(1, index, False)
     accuracy = networks.accuracy()
+    p = networks.embedding.shape[1]
+    multiples = torch.tensor(pairs)[:, :1] * torch.tensor(ODD) % p
+    odd = torch.zeros_like(born).scatter(1, torch.minimum(multiples, p - multiples) - 1, True)
     return [
         {
             "stronger": listed(survive[at, 0].double().mean()),
             "weaker": listed(survive[at, 1].double().mean()),
-            "circles": networks.alive[at].sum(1).tolist(),
+            "born": born[at].sum(1).tolist(),
+            "odd": (born & odd)[at].sum(1).tolist(),
             "accuracy": listed(accuracy[at]),
         }
         for at in torch.arange(len(pairs)).split(each)
