@@ -44,7 +44,7 @@ class Plan:
     networks: int = 24
     dimensions: tuple[int, ...] = (16, 32, 64)
     per_dimension: int = 16
-    longer: tuple[int, int] = (8, 3000)
+    longer: tuple[int, int] = (8, 3001)
     embeddings: int = 3
     per_embedding: int = 16
     ratios: tuple[float, ...] = (0.1, 0.25, 0.35, 0.5, 0.7, 1.0)
@@ -56,7 +56,7 @@ class Plan:
 FULL = Plan()
 QUICK = Plan(
     **{"p": 31, "d": 64, "steps": 700, "networks": 8, "dimensions": (8,), "per_dimension": 4},
-    **{"longer": (2, 1000), "embeddings": 2, "per_embedding": 3, "ratios": (0.25, 1.0)},
+    **{"longer": (2, 1001), "embeddings": 2, "per_embedding": 3, "ratios": (0.25, 1.0)},
     **{"per_ratio": 2},
 )
 PAPER = Plan(
@@ -76,7 +76,9 @@ def compare(plan: Plan, console: Console, folder: Path) -> report.Results:
         trained = Trainer(folder, progress, plan.batch)
         main = trained("circles", range(plan.networks), plan.p, plan.d, plan.steps)
         dimensions = {
-            d: trained(f"d = {d}", range(plan.per_dimension), plan.p, d, plan.steps, every=EVERY)
+            d: trained(
+                f"dimension {d}", range(plan.per_dimension), plan.p, d, plan.steps, every=EVERY
+            )
             for d in plan.dimensions
         }
         count, steps = plan.longer
@@ -112,11 +114,13 @@ def one_embedding(plan: Plan, trained: Trainer) -> report.Results:
 
 def competition(plan: Plan, trained: Trainer) -> list[report.Results]:
     generator = torch.Generator().manual_seed(0)
-    # The same pairs at each ratio.
-    pairs = [
-        tuple((torch.randperm((plan.p - 1) // 2, generator=generator)[:2] + 1).tolist())
-        for _ in range(plan.per_ratio)
-    ] * len(plan.ratios)
+    drawn: list[tuple[int, int]] = []
+    while len(drawn) < plan.per_ratio:
+        stronger, weaker = (torch.randperm((plan.p - 1) // 2, generator=generator)[:2] + 1).tolist()
+        # Those appear where the stronger one is alone, too.
+        if weaker not in studies.odd_multiples(stronger, plan.p):
+            drawn.append((stronger, weaker))
+    pairs = drawn * len(plan.ratios)
     signals = [
         (plan.strength, plan.strength * ratio)
         for ratio in plan.ratios

@@ -24,7 +24,9 @@ def draw(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "circles", "font.size": 9}):
+    look = {"svg.fonttype": "none", "svg.hashsalt": "circles", "font.size": 9}
+    # Each text of the file names all fonts of the list.
+    with plt.rc_context(look | {"font.sans-serif": ["DejaVu Sans"]}):
         figure = plt.figure(figsize=(13, 13), layout="constrained")
         top, bottom = figure.subfigures(2, 1, height_ratios=(1, 2.1))
         colors = colors_of(results["planes"]["frequencies"][:-1])
@@ -91,7 +93,9 @@ def draw_survival(axis: Any, results: Results) -> None:
     found = results["one embedding"]
     for n, (start, rates) in enumerate(zip(found["start"], found["rates"], strict=True)):
         label = f"{found['networks']} networks with one embedding" if n == 0 else None
-        axis.plot(start, rates, "o", color="tab:orange", alpha=0.5, markersize=3, label=label)
+        axis.plot(
+            start, rates, "o", color="tab:orange", alpha=0.5, markersize=4, mew=0, label=label
+        )
     start, alive = (np.ravel(results["survival"][name]) for name in ("start", "alive"))
     parts = np.array_split(np.argsort(start, kind="stable"), 10)
     share = np.array([alive[part].mean() for part in parts])

@@ -32,8 +32,6 @@ Results = dict[str, Any]
 FITTED, ALPHA = 1000, 0.01
 #: frequencies that count as an embedding's strongest, and as its weakest
 FEW = 5
-#: multiples of a frequency that a wave has which is more of a square
-ODD = (3, 5, 7)
 #: frequencies in a picture that do not survive
 DEAD = 3
 
@@ -142,16 +140,16 @@ def one_embedding(networks: Networks, each: int) -> Results:
 
 
 def competition(networks: Networks, pairs: Sequence[tuple[int, int]], each: int) -> list[Results]:
-    """Of every ``each`` networks, of one ratio, how often which of the two frequencies survives, and which circles
-    there are that were not at the start.
+    """Of every ``each`` networks, of one ratio, how often which of the two frequencies survives, the stronger first,
+    and which circles there are that were not at the start.
     """
     index = torch.tensor(pairs) - 1
     survive = networks.alive.gather(1, index)
     born = networks.alive.scatter(1, index, False)
     accuracy = networks.accuracy()
-    p = networks.embedding.shape[1]
-    multiples = torch.tensor(pairs)[:, :1] * torch.tensor(ODD) % p
-    odd = torch.zeros_like(born).scatter(1, torch.minimum(multiples, p - multiples) - 1, True)
+    odd = torch.zeros_like(born)
+    for row, (stronger, _) in zip(odd, pairs, strict=True):
+        row[torch.tensor(odd_multiples(stronger, networks.embedding.shape[1])) - 1] = True
     return [
         {
             "stronger": listed(survive[at, 0].double().mean()),
@@ -162,6 +160,11 @@ def competition(networks: Networks, pairs: Sequence[tuple[int, int]], each: int)
         }
         for at in torch.arange(len(pairs)).split(each)
     ]
+
+
+def odd_multiples(k: int, p: int) -> list[int]:
+    """The frequencies of 3, 5 and 7 k, which a wave of frequency k has that is more of a square."""
+    return [min(k * n % p, -k * n % p) for n in (3, 5, 7)]
 
 
 def dynamics(networks: Networks) -> Results:
