@@ -57,7 +57,7 @@ FULL = Plan()
 QUICK = Plan(
     **{"p": 31, "d": 64, "steps": 700, "networks": 8, "dimensions": (8,), "per_dimension": 4},
     **{"longer": (2, 1001), "embeddings": 2, "per_embedding": 3, "ratios": (0.25, 1.0)},
-    **{"per_ratio": 2},
+    **{"per_ratio": 2, "strength": 40.0},
 )
 PAPER = Plan(
     **{"steps": 30_001, "networks": 100, "per_dimension": 100, "longer": (8, 30_001)},

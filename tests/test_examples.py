@@ -279,6 +279,13 @@ def check_circles(results: reproduction.Results) -> None:
     assert np.mean(found["weakest"]) < 0.05
     assert found["shared"][0] > found["shared"][1] + 0.15
 
+    first, *_, last = results["competition"]
+    assert all(at["stronger"] == 1 for at in results["competition"])
+    assert first["weaker"] < 0.3
+    assert np.mean(first["born"]) > 1
+    assert first["odd"] == first["born"]
+    assert last["weaker"] > 0.7
+
     for fit, least in (("least squares", 0.95), ("Lasso", 0.6)):
         assert min(results["dynamics"][fit]["r2"]) > least
         assert max(results["dynamics"][fit]["another"]) < 0
