@@ -34,17 +34,24 @@ PROCESSES = 2
 
 @contextmanager
 def workers(console: Console) -> Iterator[tuple[ProcessPoolExecutor, Progress, Results]]:
-    """Processes of one thread, bars for their work, and facts of the run, whole when all is done."""
-    columns = (TextColumn("{task.description:45}"), BarColumn(), TimeElapsedColumn())
-    began, used, facts = time.perf_counter(), _cpu_seconds(), {}
+    """Processes of one thread, and as :func:`bars`."""
     with (
-        Progress(*columns, console=console) as progress,
+        bars(console, f"{PROCESSES} processes of one thread") as (progress, facts),
         ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool,
     ):
         yield pool, progress, facts
+
+
+@contextmanager
+def bars(console: Console, threads: str) -> Iterator[tuple[Progress, Results]]:
+    """Bars for work, and facts of the run, whole when all is done."""
+    columns = (TextColumn("{task.description:45}"), BarColumn(), TimeElapsedColumn())
+    began, used, facts = time.perf_counter(), _cpu_seconds(), {}
+    with Progress(*columns, console=console) as progress:
+        yield progress, facts
     facts |= {
         "date": date.today().isoformat(),
-        "machine": f"{platform.system()} {platform.machine()}, {PROCESSES} processes of one thread",
+        "machine": f"{platform.system()} {platform.machine()}, {threads}",
         "torch": torch.__version__,
         "weightops": weightops.__version__,
         "seconds": round(time.perf_counter() - began),
@@ -114,16 +121,30 @@ def run(
     compare: Callable[[bool, Console], Results],
     report: Any,
     width: int,
+    papers: Callable[[Path, Console], Results] | None = None,
 ) -> None:
-    """The command: compare, show, save. ``report`` has ``tables`` and ``draw``."""
+    """The command: compare, show, save. ``report`` has ``tables`` and ``draw``.
+
+    ``papers`` does it at the paper's scale, and keeps what is done in a folder, to go on from there.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument(
         "--save", type=Path, default=Path("reproduced"), help="folder for tables and curves"
     )
+    if papers:
+        parser.add_argument(
+            "--paper-scale",
+            type=Path,
+            metavar="FOLDER",
+            help="steps and seeds of the paper, for days; a run that is killed goes on from FOLDER",
+        )
     arguments = parser.parse_args()
     console = Console(width=width)
-    results = compare(arguments.quick, console)
+    if papers and arguments.paper_scale:
+        results = papers(arguments.paper_scale, console)
+    else:
+        results = compare(arguments.quick, console)
     tables = report.tables(results)
     show(console, tables)
     save(name, results, tables, report.draw, arguments.save)

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reproduce_circles
 import reproduce_connectivity
 import reproduce_d2nwg
 import reproduce_manifold
 import reproduction
+from circles import report as circles
 from connectivity import report as connectivity
 from generation import report as generation
 from manifold import report
@@ -222,6 +224,82 @@ def check_generation(results: reproduction.Results) -> None:
 @pytest.mark.slow
 def test_claims_of_the_full_generation_experiment() -> None:
     check_generation(reproduce_d2nwg.compare(reproduce_d2nwg.FULL, Console(quiet=True)))
+
+
+def test_few_circles_survive_and_the_start_tells_which(tmp_path: Path) -> None:
+    results, again = (
+        reproduce_circles.compare(reproduce_circles.QUICK, Console(quiet=True), tmp_path / "sweeps")
+        for _ in range(2)
+    )
+    # The second time from what the first one kept.
+    assert {**again, "seconds": 0, "cpu_seconds": 0} == {**results, "seconds": 0, "cpu_seconds": 0}
+    save("circles", results, circles, tmp_path)
+    assert (tmp_path / "circles.svg").stat().st_size > 10_000
+    assert json.loads((tmp_path / "circles.json").read_text()) == json.loads(json.dumps(results))
+    trained = results["dimensions"]["64"]
+    assert min(trained["accuracy"]) > 0.9
+    assert 2 < np.mean(trained["circles"]) < 6
+    survivors, others = circles.means(results, "start")
+    assert survivors > others + 1
+    assert min(results["alone"]["circularity"]["circles"]) > 0.97
+    assert np.mean(results["alone"]["accuracy"]["a circle alone"]) < 0.5
+    weak, equal = results["competition"]
+    assert weak["stronger"] > weak["weaker"]
+    assert equal["weaker"] > weak["weaker"]
+    exact, sparse = (results["dynamics"][name]["r2"] for name in ("least squares", "Lasso"))
+    assert min(exact) > 0.9
+    assert np.mean(exact) > np.mean(sparse)
+
+
+def check_circles(results: reproduction.Results) -> None:
+    trained = results["dimensions"]
+    assert len(trained["128"]["accuracy"]) == 24
+    assert min(trained["128"]["accuracy"]) >= 0.99
+    assert 3 <= np.mean(trained["128"]["circles"]) <= 6
+    assert np.mean(trained["16"]["circles"]) < np.mean(trained["128"]["circles"]) - 0.5
+
+    level = np.mean(results["over time"]["level"], 1)
+    assert level[0] == 29
+    assert level[-1] < 10
+
+    survivors, others = circles.means(results, "start")
+    assert survivors > others + 2
+    survivors, others = circles.means(results, "growth")
+    assert survivors > others
+    quarters = circles.of_quartiles(results, "start")
+    assert quarters[0] < 0.05
+    assert quarters[3] > 0.3
+    told = results["survival"]["auc"]
+    assert told["initial signal"] > 0.75
+    assert told["both"] > told["initial signal"] + 0.01
+
+    found = results["one embedding"]
+    assert min(found["correlation"]) > 0.4
+    assert np.mean(found["strongest"]) > 3 * np.mean(found["between"])
+    assert np.mean(found["weakest"]) < 0.05
+    assert found["shared"][0] > found["shared"][1] + 0.15
+
+    first, *_, last = results["competition"]
+    assert all(at["stronger"] == 1 for at in results["competition"])
+    assert first["weaker"] < 0.3
+    assert np.mean(first["born"]) > 1
+    assert first["odd"] == first["born"]
+    assert last["weaker"] > 0.7
+
+    for fit, least in (("least squares", 0.95), ("Lasso", 0.6)):
+        assert min(results["dynamics"][fit]["r2"]) > least
+        assert max(results["dynamics"][fit]["another"]) < 0
+    assert np.mean(results["dynamics"]["Lasso"]["r2"]) < 0.9
+    assert min(results["alone"]["circularity"]["circles"]) > 0.98
+    accuracy = results["alone"]["accuracy"]
+    assert max(accuracy["the best one"]) < 0.3
+    assert min(accuracy["all circles"]) > 0.95
+    assert max(accuracy["all others"]) < 0.3
+
+
+@pytest.mark.slow
+def test_claims_of_the_full_circles_experiment() -> None:
+    check_circles(reproduce_circles.short(False, Console(quiet=True)))
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,21 @@ def test_a_killed_sweep_goes_on_to_the_bit_and_loses_one_run_at_most(
         assert all(one[name].equal(other[name]) for name in other)
 
 
+def test_a_sweep_begins_with_given_embeddings_and_is_of_these_alone(tmp_path: Path) -> None:
+    start = torch.randn(4, 7, 3)
+    for name, given in (("each", start), ("all", start[0])):
+        found = results(tmp_path / name, embedding=given)
+        own = given[:3] if name == "each" else given
+        expected = circles.train(3, 7, 3, steps=7, width=5, seed=[5, 6, 7], embedding=own)
+        assert found[0]["flat"].equal(expected.flat)
+        assert found[0]["signals"].equal(expected.signals)
+        again = results(tmp_path / name, embedding=given)
+        assert again[1]["flat"].equal(found[1]["flat"])
+    for other in (start + 1, None):
+        with pytest.raises(ValueError, match="is of another sweep: embedding differ"):
+            results(tmp_path / "each", embedding=other)
+
+
 def test_a_network_that_diverges_is_kept_as_such(tmp_path: Path) -> None:
     for _ in range(2):
         assert all(each["diverged"].all() for each in results(tmp_path, lr=1e38))
@@ -85,6 +100,12 @@ def test_other_arguments_and_broken_files_are_refused(tmp_path: Path) -> None:
         ({"steps": 0}, ValueError, "sweep: steps must be at least 1"),
         ({"p": 2}, ValueError, "sweep: p must be at least 3"),
         ({"lr": torch.ones(3)}, TypeError, "sweep: lr must be a number"),
+        ({"embedding": 3}, TypeError, "sweep: embedding must be a tensor"),
+        (
+            {"embedding": torch.ones(3, 7, 3)},
+            ValueError,
+            r"sweep: embedding must have shape \[7, 3",
+        ),
         ({"seed": 3}, TypeError, "sweep: options must be some of width, lr"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -13,8 +14,7 @@ from torch import Tensor
 
 from weightops import _check
 from weightops._checkpoints import CheckpointError, write
-from weightops.circles.model import initialize, pair_spec
-from weightops.circles.training import State, train
+from weightops.circles.training import State, Training, _check_start, train
 
 
 def sweep(
@@ -25,6 +25,7 @@ def sweep(
     *,
     steps: int,
     batch: int = 8,
+    embedding: Tensor | None = None,
     **options: Any,
 ) -> Iterator[dict[str, Tensor]]:
     """Train networks of the given seeds, ``batch`` at once, and keep what they gave.
@@ -37,6 +38,7 @@ def sweep(
         seeds: one per network.
         p, d, steps: as for :func:`train`.
         batch: networks trained at once.
+        embedding: to begin with, ``[p, d]`` for all or one per network, ``[len(seeds), p, d]``.
         options: numbers and flags of :func:`train`: ``width``, ``lr``, ``weight_decay``, ``share``, ``frozen``
             and ``every``; float32.
 
@@ -64,12 +66,13 @@ def sweep(
         train(1, p, d, steps=0, **options)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{where}: {str(error).removeprefix('train: ')}") from None
-    _claim(
-        where,
-        Path(folder),
-        {"p": p, "d": d, "steps": steps, "seeds": [*seeds], "batch": batch} | options,
-    )
-    return _run(Path(folder), [*seeds], p, d, steps, batch, options)
+    asked = {"p": p, "d": d, "steps": steps, "seeds": [*seeds], "batch": batch} | options
+    if embedding is not None:
+        _check_start(where, embedding, len(seeds), p, d)
+        numbers = embedding.detach().float().contiguous().numpy().tobytes()
+        asked["embedding"] = hashlib.sha256(numbers).hexdigest()
+    _claim(where, Path(folder), asked)
+    return _run(Path(folder), [*seeds], p, d, steps, batch, embedding, options)
 
 
 _OPTIONS = ("width", "lr", "weight_decay", "share", "frozen", "every")
@@ -107,12 +110,23 @@ def _claim(where: str, folder: Path, asked: dict[str, Any]) -> None:
 
 
 def _run(
-    folder: Path, seeds: list[int], p: int, d: int, steps: int, batch: int, options: dict[str, Any]
+    folder: Path,
+    seeds: list[int],
+    p: int,
+    d: int,
+    steps: int,
+    batch: int,
+    embedding: Tensor | None,
+    options: dict[str, Any],
 ) -> Iterator[dict[str, Tensor]]:
     for begin in range(0, len(seeds), batch):
         done = folder / f"networks-{begin:06}.safetensors"
         if not done.exists():
-            _train(done, seeds[begin : begin + batch], p, d, steps, options)
+            own = slice(begin, begin + batch)
+            start = embedding
+            if embedding is not None and embedding.dim() == 3:
+                start = embedding[own]
+            _train(done, seeds[own], p, d, steps, options | {"embedding": start})
         yield _read(done)
 
 
@@ -121,31 +135,31 @@ def _train(
 ) -> None:
     # Of m networks an m-th of the steps is one network's run.
     part, stride = done.with_suffix(".part.safetensors"), -(-steps // len(seeds))
-    held = _read(part) if part.exists() else None
-    if held is None:
-        flat = initialize(pair_spec(p, d, int(options.get("width", 100))), seeds, torch.float32)
-        count = (p - 1) // 2
-        held = {
-            **{"flat": flat, "moments": flat.new_zeros(2, *flat.shape)},
-            **{"losses": flat.new_empty(0, len(seeds)), "step": torch.tensor(0)},
-            "signals": flat.new_empty(0, len(seeds), count),
-            "diverged": torch.zeros(len(seeds), dtype=torch.bool),
-        }
+    if part.exists():
+        held = _read(part)
+    else:
+        held = _held(train(len(seeds), p, d, steps=0, seed=seeds, **options))
     while (step := int(held["step"])) < steps:
         state = State(step, held["flat"], held["moments"])
         more = min(stride, steps - step)
-        made = train(len(seeds), p, d, steps=more, seed=seeds, state=state, **options)
-        held = {
-            **{"flat": made.flat, "moments": made.state.moments, "step": torch.tensor(step + more)},
-            "losses": torch.cat([held["losses"], made.losses]),
-            "signals": torch.cat([held["signals"], made.signals]),
-            "diverged": held["diverged"] | made.diverged,
+        made = _held(train(len(seeds), p, d, steps=more, seed=seeds, state=state, **options))
+        held = made | {
+            "losses": torch.cat([held["losses"], made["losses"]]),
+            "signals": torch.cat([held["signals"], made["signals"]]),
+            "diverged": held["diverged"] | made["diverged"],
         }
         if step + more < steps:
             write({part: held})
     kept = {name: held[name] for name in ("flat", "losses", "signals", "diverged")}
     write({done: kept | {"seeds": torch.tensor(seeds)}})
     part.unlink(missing_ok=True)
+
+
+def _held(made: Training) -> dict[str, Tensor]:
+    return {
+        **{"flat": made.flat, "moments": made.state.moments, "step": torch.tensor(made.state.step)},
+        **{"losses": made.losses, "signals": made.signals, "diverged": made.diverged},
+    }
 
 
 def _read(path: Path) -> dict[str, Tensor]:
