@@ -1,0 +1,10 @@
+"""Optimizers whose update is learned: a functional of all weights, gradients and momenta.
+
+Source: Zhou, Finn and Harrison 2024, "Universal Neural Functionals", arXiv 2402.05232.
+"""
+
+from weightops.learned._rule import State, start, step
+from weightops.learned.functional import Functional
+from weightops.learned.optimizer import LearnedOptimizer, StepCost
+
+__all__ = ["Functional", "LearnedOptimizer", "State", "StepCost", "start", "step"]
