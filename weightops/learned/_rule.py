@@ -42,7 +42,14 @@ def decays_of(momentum: Number, like: Tensor) -> tuple[Tensor, int]:
 
 
 def start(flat: Tensor, momentum: Number = 0.9) -> State:
-    """The state before the first step of networks ``[N, P]``: momenta of zero."""
+    """The state before the first step of networks ``[N, P]``: momenta of zero.
+
+    Raises:
+        ValueError: a shape does not fit, or ``momentum``, a number or ``[N]``, is out of range.
+        TypeError: an argument has the wrong type or dtype.
+    """
+    _check_networks("start", "flat", flat)
+    check_number("start", "momentum", momentum, flat)
     return State(flat.new_zeros(len(decays_of(momentum, flat)[0]), *flat.shape), 0)
 
 
@@ -101,26 +108,14 @@ def step(
             f"{where}: functional must be a Functional, not {_check.describe(functional)}"
         )
     for name, value in (("flat", flat), ("grads", grads)):
-        _check.tensor(where, name, value, "[N, P]", 2)
+        _check_networks(where, name, value)
         functional.spec.check_flat(where, value, name)
-        if value.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{where}: {name} must be float32 or float64, not {value.dtype}")
     _check_like(where, "grads", grads, flat)
-    numbers: dict[str, Any] = {"alpha": alpha, "beta": beta, "momentum": momentum}
-    for name, value in numbers.items():
-        if isinstance(value, Tensor):
-            _check.tensor(where, name, value, "[N]", 1)
-            _check_like(where, name, value, flat)
-        else:
-            check_number(where, name, value)
+    for name, number in (("alpha", alpha), ("beta", beta), ("momentum", momentum)):
+        check_number(where, name, number, flat)
     decays, own = decays_of(momentum, flat)
-    if not isinstance(state, State):
-        raise TypeError(f"{where}: state must be a State, not {_check.describe(state)}")
-    wanted = [len(decays), *flat.shape]
-    if list(state.momenta.shape) != wanted:
-        raise ValueError(
-            f"{where}: state must have momenta {wanted}, not {list(state.momenta.shape)}"
-        )
+    _check_state(where, state, [len(decays), *flat.shape])
+    functional._check_theta(where, theta, len(flat))
     finite = grads.detach().isfinite().all(1, keepdim=True)
     sane = bool(finite.all())
     used = grads if sane else grads.where(finite, grads.new_zeros(()))
@@ -133,10 +128,35 @@ def step(
     return moved, State(momenta, state.step + 1)
 
 
-def check_number(where: str, name: str, value: Any) -> None:
-    """``alpha``, ``beta`` or ``momentum`` as a number."""
+def check_number(where: str, name: str, value: Any, flat: Tensor | None = None) -> None:
+    """``alpha``, ``beta`` or ``momentum``: a number, or one for each network of ``flat``."""
+    if flat is not None and isinstance(value, Tensor):
+        _check.tensor(where, name, value, "[N]", 1)
+        _check_like(where, name, value, flat)
+        return
     low = {"beta": -_MOST}.get(name, 0.0)
     _check.number(where, name, value, low, 1.0 if name == "momentum" else _MOST)
+
+
+def _check_state(where: str, state: Any, momenta: list[int]) -> None:
+    if not isinstance(state, State):
+        raise TypeError(f"{where}: state must be a State, not {_check.describe(state)}")
+    _check.tensor(where, "state.momenta", state.momenta, "[R, N, P]")
+    if list(state.momenta.shape) != momenta:
+        raise ValueError(
+            f"{where}: state must have momenta {momenta}, not {list(state.momenta.shape)}"
+        )
+    if isinstance(state.step, Tensor):
+        _check.tensor(where, "state.step", state.step, "[N]", 1)
+        _check.size(where, "state.step", len(state.step), momenta[1], "flat's axis 0")
+    else:
+        _check.count(where, "state.step", state.step, 0)
+
+
+def _check_networks(where: str, name: str, value: Any) -> None:
+    _check.tensor(where, name, value, "[N, P]", 2)
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{where}: {name} must be float32 or float64, not {value.dtype}")
 
 
 def _check_like(where: str, name: str, value: Tensor, flat: Tensor) -> None:

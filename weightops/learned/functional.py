@@ -119,7 +119,7 @@ class Functional(nn.Module):
             ValueError: ``theta`` is not D long.
             TypeError: ``theta`` is no floating point tensor.
         """
-        where = "load_flat_"
+        where = "Functional.load_flat_"
         _check.tensor(where, "theta", theta, "[D]", 1)
         _check.floating(where, "theta", theta)
         _check.size(where, "theta", len(theta), self.num_parameters, "the functional")
@@ -142,7 +142,7 @@ class Functional(nn.Module):
             ValueError: shapes do not fit.
             TypeError: an argument is no floating point tensor, or not of the parameters' dtype.
         """
-        self._check(x, time, theta)
+        self._check("Functional.forward", x, time, theta)
         parameters = list(self.parameters()) if theta is None else self._views(theta)
         layers = len(self._plans)
         single = KINDS[self.kind] is None or self.equivariant < layers
@@ -168,7 +168,7 @@ class Functional(nn.Module):
             ValueError: ``spec`` is of another architecture, and what differs.
             TypeError: ``spec`` is no WeightSpec.
         """
-        return self._on("on", spec)
+        return self._on("Functional.on", spec)
 
     def _on(self, where: str, spec: WeightSpec) -> Functional:
         is_spec(where, "spec", spec)
@@ -195,7 +195,7 @@ class Functional(nn.Module):
         Raises:
             ValueError: the file can't be written.
         """
-        self._write("save", path, {})
+        self._write("Functional.save", path, {})
 
     def _write(self, where: str, path: Any, more: dict[str, Any]) -> None:
         fixed = KINDS[self.kind]
@@ -215,7 +215,7 @@ class Functional(nn.Module):
             ValueError: the file can't be read or holds no functional, or ``spec`` is of another architecture.
             TypeError: an argument has the wrong type.
         """
-        return cls._read("load", path, spec)[0]
+        return cls._read("Functional.load", path, spec)[0]
 
     @classmethod
     def _read(cls, where: str, path: Any, spec: Any) -> tuple[Functional, dict[str, Any]]:
@@ -236,7 +236,10 @@ class Functional(nn.Module):
             raise CheckpointError(f"{where}: {path}: holds no functional: {error!r}") from None
         if wanted is not None:
             check_outline(where, spec, sizes, wanted, names)
-        made = cls(spec, **options, dtype=next(iter(tensors.values())).dtype)
+        try:
+            made = cls(spec, **options, dtype=next(iter(tensors.values())).dtype)
+        except TypeError as error:
+            raise CheckpointError(f"{where}: {path}: holds no functional: {error}") from None
         try:
             made.load_state_dict(tensors)
         except RuntimeError as error:
@@ -258,10 +261,8 @@ class Functional(nn.Module):
             piece.unflatten(-1, p.shape) for piece, p in zip(pieces, self.parameters(), strict=True)
         ]
 
-    def _check(self, x: Any, time: Any, theta: Any) -> None:
-        where = "Functional"
+    def _check(self, where: str, x: Any, time: Any, theta: Any) -> None:
         _check.tensor(where, "x", x, "[N, P, 8]", 3)
-        own = self.weights[0] if theta is None else theta
         if list(x.shape[1:]) != [self.spec.numel, FEATURES]:
             raise ValueError(
                 f"{where}: x must have shape [N, {self.spec.numel}, {FEATURES}], not {list(x.shape)}"
@@ -271,17 +272,23 @@ class Functional(nn.Module):
             raise ValueError(
                 f"{where}: time must have shape [{TIMES}] or [{len(x)}, {TIMES}], not {list(time.shape)}"
             )
-        if theta is not None:
-            count = self.num_parameters
-            _check.tensor(where, "theta", theta, "[D] or [N, D]")
-            if list(theta.shape) not in ([count], [len(x), count]):
-                raise ValueError(
-                    f"{where}: theta must have shape [{count}] or [{len(x)}, {count}], not {list(theta.shape)}"
-                )
+        self._check_theta(where, theta, len(x))
+        own = self.weights[0] if theta is None else theta
         for name, value in (("x", x), ("time", time)):
             _check.same_device(where, name, value, "theta", own)
             if value.dtype != own.dtype:
                 raise TypeError(f"{where}: {name} is {value.dtype}, but theta is {own.dtype}")
+
+    def _check_theta(self, where: str, theta: Any, networks: int) -> None:
+        if theta is None:
+            return
+        count = self.num_parameters
+        _check.tensor(where, "theta", theta, "[D] or [N, D]")
+        _check.floating(where, "theta", theta)
+        if list(theta.shape) not in ([count], [networks, count]):
+            raise ValueError(
+                f"{where}: theta must have shape [{count}] or [{networks}, {count}], not {list(theta.shape)}"
+            )
 
     def extra_repr(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self._options().items())

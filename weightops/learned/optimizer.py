@@ -111,7 +111,9 @@ class LearnedOptimizer(Optimizer):
                 f"{WHERE}: params must be parameters of the model, or None, not {_check.describe(params)}"
             )
         self._begin()
-        chosen: Any = model.named_parameters() if params is None else params
+        chosen: Any = list(model.named_parameters() if params is None else params)
+        if not chosen:
+            raise ValueError(f"{WHERE}: params must hold a parameter, but is empty")
         super().__init__(chosen, {"lr": float(alpha), "beta": float(beta)})
 
     def _begin(self) -> None:
@@ -133,19 +135,26 @@ class LearnedOptimizer(Optimizer):
             ValueError: a parameter is not the model's, or another group's.
             TypeError: there is something else than parameters.
         """
+        where = f"{WHERE}.add_param_group" if self.param_groups else WHERE
         if not (isinstance(param_group, dict) and isinstance(param_group.get("params"), Iterable)):
             raise TypeError(
-                f"{WHERE}: param_group must be a dict with params, not {_check.describe(param_group)}"
+                f"{where}: param_group must be a dict with params, not {_check.describe(param_group)}"
             )
         params = param_group["params"]
         listed = [params] if isinstance(params, Tensor) else list(params)
         known = {id(param) for param in self._params.values()}
+        held = {id(param) for group in self.param_groups for param in group["params"]}
         for n, each in enumerate(listed):
             pair = isinstance(each, tuple) and len(each) == 2
             name, param = each if pair else (f"params[{n}]", each)
-            _check.tensor(WHERE, name, param, "of the model")
+            _check.tensor(where, name, param, "of the model")
             if id(param) not in known:
-                raise ValueError(f"{WHERE}: {name} is none of the model's parameters")
+                raise ValueError(f"{where}: {name} is none of the model's parameters")
+            if id(param) in held:
+                raise ValueError(f"{where}: {name} is in a group already")
+            held.add(id(param))
+        for key, name in (("lr", "alpha"), ("beta", "beta")):
+            check_number(where, name, param_group.get(key, self.defaults[key]))
         super().add_param_group(param_group | {"params": listed})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
