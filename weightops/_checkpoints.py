@@ -130,6 +130,8 @@ def write_described(
     """Write one safetensors file with a description as JSON: whole, or not at all."""
     from safetensors.torch import save_file
 
+    if not path.name:
+        raise CheckpointError(f"{where}: {path}: can't be written: it is no file")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     if not path.parent.is_dir():
         raise CheckpointError(f"{where}: {path}: can't be written: {path.parent} is no folder")

@@ -287,3 +287,27 @@ def test_a_functional_s_file_is_no_optimizer_s(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     with pytest.raises(CheckpointError, match="holds a functional, but no alpha and beta"):
         LearnedOptimizer.load(path, traced(model, (3,)), model)
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        (3, TypeError, "path must be a path, not int 3"),
+        (b"f", TypeError, "path must be a path, not bytes"),
+        ("f\0", ValueError, "path must be a path, which has no null character"),
+        ("", ValueError, "can't be written: it is no file"),
+        ("missing/f.safetensors", ValueError, "can't be written: missing is no folder"),
+    ],
+)
+def test_a_path_that_can_not_be_written_is_refused(
+    path: Any, error: type, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = nn.Linear(3, 4).to(D)
+    spec = traced(nn.Linear(3, 4), (3,))
+    functional = small(spec)
+    optimizer = LearnedOptimizer(spec, functional, 0.1, 0.1, model)
+    for where, each in (("Functional", functional), ("LearnedOptimizer", optimizer)):
+        with pytest.raises(error, match=f"^{where}.save: .*{message}"):
+            each.save(path)
+    assert not list(tmp_path.iterdir())

@@ -46,7 +46,6 @@ VALID: dict[str, tuple[Callable, dict[str, Any]]] = {
     ),
     "Functional.on": (FUNCTIONAL.on, {"spec": SPEC}),
     "Functional.load_flat_": (FUNCTIONAL.load_flat_, {"theta": THETA}),
-    "Functional.save": (FUNCTIONAL.save, {"path": PATH}),
     "Functional.load": (Functional.load, {"path": PATH, "spec": SPEC}),
     "LearnedOptimizer": (
         LearnedOptimizer,
@@ -62,10 +61,6 @@ VALID: dict[str, tuple[Callable, dict[str, Any]]] = {
     "LearnedOptimizer.measure": (
         lambda **arguments: optimizer().measure(**arguments),
         {"repeats": 2},
-    ),
-    "LearnedOptimizer.save": (
-        lambda **arguments: optimizer().save(**arguments),
-        {"path": OPTIMIZER_PATH},
     ),
     "LearnedOptimizer.load": (
         lambda path, spec: LearnedOptimizer.load(path, spec, MODEL),
@@ -188,7 +183,6 @@ SWEEP: dict[tuple[str, str], Rows] = {
         (THETA[1:], VALUE, "theta has length .*, but the functional has size"),
         (THETA.long(), TYPE, "theta must be floating point, not torch.int64"),
     ],
-    ("Functional.save", "path"): NOT_A_PATH,
     ("Functional.load", "path"): NOT_A_FILE,
     ("Functional.load", "spec"): [*NOT_A_SPEC, *ANOTHER],
     ("LearnedOptimizer", "spec"): [*NOT_A_SPEC, *ANOTHER],
@@ -212,7 +206,6 @@ SWEEP: dict[tuple[str, str], Rows] = {
         ({"params": MODEL.bias, "beta": torch.nan}, VALUE, r"beta must be in .*, not nan"),
     ],
     ("LearnedOptimizer.measure", "repeats"): COUNT,
-    ("LearnedOptimizer.save", "path"): NOT_A_PATH,
     ("LearnedOptimizer.load", "path"): [
         *NOT_A_FILE,
         (PATH, VALUE, ".*: holds a functional, but no alpha"),

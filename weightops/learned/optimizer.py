@@ -106,12 +106,8 @@ class LearnedOptimizer(Optimizer):
         self.momentum, self.nonfinite, self.skipped = float(momentum), nonfinite, 0
         self._model, self._params = model, _read(spec, model, self.functional)
         self._names = _names(spec)
-        if isinstance(params, Tensor) or not (params is None or isinstance(params, Iterable)):
-            raise TypeError(
-                f"{WHERE}: params must be parameters of the model, or None, not {_check.describe(params)}"
-            )
         self._begin()
-        chosen: Any = list(model.named_parameters() if params is None else params)
+        chosen = _listed(model.named_parameters() if params is None else params)
         if not chosen:
             raise ValueError(f"{WHERE}: params must hold a parameter, but is empty")
         super().__init__(chosen, {"lr": float(alpha), "beta": float(beta)})
@@ -362,6 +358,17 @@ def _read(spec: WeightSpec, model: nn.Module, functional: Functional) -> dict[st
         _check.same_device(WHERE, name, tensor, "functional", like)
     named = dict(model.named_parameters(remove_duplicate=False))
     return {name: named[name] for name in _names(spec) if name in named}
+
+
+def _listed(params: Any) -> list[Any]:
+    try:
+        if not isinstance(params, Tensor):
+            return list(params)
+    except TypeError:
+        pass
+    raise TypeError(
+        f"{WHERE}: params must be parameters of the model, or None, not {_check.describe(params)}"
+    )
 
 
 def _names(spec: WeightSpec) -> list[str]:
