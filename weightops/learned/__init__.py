@@ -5,6 +5,16 @@ Source: Zhou, Finn and Harrison 2024, "Universal Neural Functionals", arXiv 2402
 
 from weightops.learned._rule import State, start, step
 from weightops.learned.functional import Functional
+from weightops.learned.meta import MetaTraining, meta_train
 from weightops.learned.optimizer import LearnedOptimizer, StepCost
 
-__all__ = ["Functional", "LearnedOptimizer", "State", "StepCost", "start", "step"]
+__all__ = [
+    "Functional",
+    "LearnedOptimizer",
+    "MetaTraining",
+    "State",
+    "StepCost",
+    "meta_train",
+    "start",
+    "step",
+]

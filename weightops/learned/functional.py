@@ -14,7 +14,7 @@ from weightops._checkpoints import CheckpointError, read_described, write_descri
 from weightops.learned._architecture import check_outline, outline
 from weightops.learned._features import FEATURES, TIMES
 from weightops.nn._arguments import is_spec, plan_of
-from weightops.ops.equivariant import EquivariantPlan, equivariant_linear
+from weightops.ops.equivariant import EquivariantPlan, equivariant_linear, equivariant_stack
 from weightops.ops.equivariant.basis import Term
 from weightops.spec import WeightSpec
 
@@ -143,23 +143,33 @@ class Functional(nn.Module):
             TypeError: an argument is no floating point tensor, or not of the parameters' dtype.
         """
         self._check("Functional.forward", x, time, theta)
-        parameters = list(self.parameters()) if theta is None else self._views(theta)
+        parameters: list[Tensor] = list(self.parameters()) if theta is None else self._views(theta)
         layers = len(self._plans)
-        single = KINDS[self.kind] is None or self.equivariant < layers
-        overwrite = not (torch.is_grad_enabled() or _op._transforms_active())
-        for n, plan in enumerate(self._plans):
-            weight, bias = parameters[n], parameters[layers + n]
-            if n:
-                x = x.relu_() if overwrite else x.relu()
-            elif single:
-                # What all weights share is summed once, with the bias.
-                bias = bias + (time[..., None, None, :] @ weight[..., FEATURES:, :])[..., 0, :]
-                weight = weight[..., :FEATURES, :]
-            else:
-                shared = time if time.dim() == 2 else time.expand(len(x), -1)
-                x = torch.cat([x, shared[:, None].expand(-1, x.shape[1], -1)], -1)
-            x = equivariant_linear(x, weight, bias, plan)
+        weights, biases = parameters[:layers], parameters[layers:]
+        if KINDS[self.kind] is None or self.equivariant < layers:
+            # What all weights share is summed once, with the bias.
+            shared = (time[..., None, None, :] @ weights[0][..., FEATURES:, :])[..., 0, :]
+            weights[0], biases[0] = weights[0][..., :FEATURES, :], biases[0] + shared
+        else:
+            times = time if time.dim() == 2 else time.expand(len(x), -1)
+            x = torch.cat([x, times[:, None].expand(-1, x.shape[1], -1)], -1)
+        plain = not (torch.is_grad_enabled() or _op._transforms_active())
+        for first, end in self._runs():
+            plan, activate = self._plans[first], end < layers
+            if plain:
+                some = weights[first:end], biases[first:end]
+                x = equivariant_stack(x, *some, plan, activate_last=activate)
+                continue
+            for n in range(first, end):
+                x = equivariant_linear(x, weights[n], biases[n], plan)
+                x = x.relu() if n + 1 < layers else x
         return x[..., 0]
+
+    def _runs(self) -> list[tuple[int, int]]:
+        """First and end of layers of one plan."""
+        layers = len(self._plans)
+        middle = layers if KINDS[self.kind] is None else layers - self.equivariant
+        return [(a, b) for a, b in ((0, middle), (middle, layers)) if a < b]
 
     def on(self, spec: WeightSpec) -> Functional:
         """The functional for networks of other widths: with the same parameters, not copies of them.
@@ -180,6 +190,15 @@ class Functional(nn.Module):
             check_outline(where, spec, sizes, outline(self.spec, sizes), list(self.spec.shapes))
         other = copy.copy(self)
         other.spec, other._plans = spec, self._make_plans(spec, len(self._plans))
+        return other
+
+    def copy(self) -> Functional:
+        """The same with parameters of its own."""
+        other = copy.copy(self)
+        own = [
+            nn.ParameterList(p.detach().clone() for p in of) for of in (self.weights, self.biases)
+        ]
+        vars(other)["_modules"] = dict(zip(("weights", "biases"), own, strict=True))
         return other
 
     def flops(self) -> int:
