@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from weightops import WeightSpec
-from weightops.learned import Functional, LearnedOptimizer, State, start, step
+from weightops.learned import Functional, LearnedOptimizer, State, meta_train, start, step
 
 TYPE, VALUE = TypeError, ValueError
 Rows = list[tuple[Any, type, str]]
@@ -21,6 +21,7 @@ OTHER = WeightSpec({"w": ("h", None)}, {"w": (3, 2)})
 FUNCTIONAL = Functional(SPEC, hidden=2, layers=2)
 FLAT, GRADS = torch.randn(2, 9), torch.randn(2, 9)
 X, TIME, THETA = torch.randn(2, 9, 8), torch.randn(11), FUNCTIONAL.flatten()
+DATA = torch.randn(5, 2), torch.tensor([0, 2, 1, 0, 2])
 FOLDER = tempfile.TemporaryDirectory()
 atexit.register(FOLDER.cleanup)
 PATH, OPTIMIZER_PATH = (Path(FOLDER.name) / f"{name}.safetensors" for name in ("f", "o"))
@@ -66,6 +67,16 @@ VALID: dict[str, tuple[Callable, dict[str, Any]]] = {
         lambda path, spec: LearnedOptimizer.load(path, spec, MODEL),
         {"path": OPTIMIZER_PATH, "spec": SPEC},
     ),
+    "meta_train": (
+        meta_train,
+        {
+            **{"functional": FUNCTIONAL, "flat": FLAT, "spec_or_model": MODEL, "data": DATA},
+            **{"iterations": 1, "particles": 2, "truncation": 2, "horizon": 4, "batch_size": 2},
+            **{"alpha": 0.1, "beta": 0.1, "momentum": 0.9, "estimator": "pes", "sigma": 0.01},
+            **{"lr": 1e-3, "clip": 1.0, "most": 10.0, "seed": 0, "every": 1},
+            "progress": False,
+        },
+    ),
     "start": (start, {"flat": FLAT, "momentum": 0.9}),
     "step": (
         step,
@@ -88,6 +99,7 @@ NOT_A_NUMBER: Rows = [
     (torch.inf, VALUE, r"{p} must be in \[.*, not inf"),
 ]
 NEGATIVE: Rows = [(-0.1, VALUE, r"{p} must be in \[0.0, .*, not -0.1")]
+SIGNED: Rows = [(-0.1, VALUE, r"{p} must be (in|above) .*, not -0.1")]
 NOT_A_SPEC: Rows = [
     (None, TYPE, "spec must be a WeightSpec, not NoneType None"),
     ({"w": (3, 2)}, TYPE, "spec must be a WeightSpec, not dict"),
@@ -211,6 +223,43 @@ SWEEP: dict[tuple[str, str], Rows] = {
         (PATH, VALUE, ".*: holds a functional, but no alpha"),
     ],
     ("LearnedOptimizer.load", "spec"): [*NOT_A_SPEC, *ANOTHER],
+    ("meta_train", "functional"): NO_FUNCTIONAL,
+    ("meta_train", "flat"): [
+        *[(value, error, text.replace("N, P", "M, P")) for value, error, text in networks("flat")],
+        (FLAT / 0, VALUE, r"flat must be finite, but flat\[0, 0\] is"),
+        (FLAT[:0], VALUE, "flat holds no network"),
+    ],
+    ("meta_train", "spec_or_model"): [
+        (3, TYPE, "spec_or_model must be a module or a traced spec, not int 3"),
+        (SPEC, VALUE, "spec_or_model is a spec without layers, as .* pass the model"),
+    ],
+    ("meta_train", "data"): [
+        (DATA[0], TYPE, r"data must be a pair \(x, targets\), not a torch.float32 tensor"),
+        ((DATA[0], DATA[1] + 1), VALUE, "targets must lie in 0..2, given 1 to 3"),
+        ((DATA[0], DATA[1][:4]), VALUE, r"targets must have shape \[5\] or"),
+        (
+            (DATA[0][None], DATA[1]),
+            VALUE,
+            "data must be samples .* that all networks share|targets must have shape",
+        ),
+        ((DATA[0], DATA[1][None]), VALUE, "data must have targets .* that all networks share"),
+    ],
+    ("meta_train", "iterations"): [(-1, VALUE, "{p} must be at least 0, not -1"), *COUNT[1:]],
+    **{
+        ("meta_train", name): COUNT
+        for name in ("particles", "truncation", "horizon", "batch_size", "every")
+    },
+    **{
+        ("meta_train", name): [*NOT_A_NUMBER, *SIGNED, (0.0, VALUE, "{p} must be above 0, not 0.0")]
+        for name in ("alpha", "beta", "momentum", "sigma", "lr", "clip")
+    },
+    ("meta_train", "most"): [*NOT_A_NUMBER[:1], *NOT_A_NUMBER[2:], *SIGNED],
+    ("meta_train", "estimator"): [
+        ("es", VALUE, "estimator must be one of 'pes', 'backprop', not 'es'"),
+        (None, TYPE, "estimator must be a string, not NoneType None"),
+    ],
+    ("meta_train", "seed"): [(-1, VALUE, "seed must be at least 0, not -1"), *COUNT[1:]],
+    ("meta_train", "progress"): [(1, TYPE, "progress must be True or False, not int 1")],
     ("start", "flat"): networks("flat")[:2] + networks("flat")[3:],
     ("start", "momentum"): [*NOT_A_NUMBER, *NEGATIVE, *per_network("momentum")],
     ("step", "flat"): [
@@ -241,4 +290,7 @@ SWEEP: dict[tuple[str, str], Rows] = {
     ],
 }
 #: reasonable memory bounds these
-BOUNDED = ("hidden", "layers", "repeats")
+BOUNDED = (
+    *("hidden", "layers", "repeats", "iterations", "particles", "truncation", "horizon"),
+    "batch_size",
+)
