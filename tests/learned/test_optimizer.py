@@ -257,6 +257,17 @@ def test_its_state_is_laid_out_as_of_optimizers_of_torch() -> None:
     assert {each["step"].item() for each in state.values()} == {3.0}
 
 
+def test_state_of_another_momentum_is_refused() -> None:
+    model, spec, functional = make()
+    optimizer = LearnedOptimizer(spec, functional, 0.1, 0.1, model)
+    train(model, optimizer, 1)
+    other = LearnedOptimizer(spec, functional, 0.1, 0.1, model, momentum=0.8)
+    with pytest.raises(
+        ValueError, match=r"momenta of shape \[6, 5, 6\] for 0.weight, not \[7, 5, 6\]"
+    ):
+        other.load_state_dict(optimizer.state_dict())
+
+
 def test_two_runs_are_the_same() -> None:
     paths = []
     for _ in range(2):

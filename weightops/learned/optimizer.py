@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -15,6 +12,7 @@ from torch.optim import Optimizer
 
 from weightops import _check
 from weightops._checkpoints import CheckpointError
+from weightops.learned._cost import StepCost, measure
 from weightops.learned._rule import check_number, decays_of, propose
 from weightops.learned.functional import Functional
 from weightops.nn._arguments import is_spec
@@ -23,26 +21,6 @@ from weightops.spec import WeightSpec
 WHERE = "LearnedOptimizer"
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 _FIELDS = ("spec", "functional", "momentum", "nonfinite", "skipped", "_model", "_params", "_names")
-
-
-@dataclass(frozen=True)
-class StepCost:
-    """What a step of an optimizer takes.
-
-    Attributes:
-        seconds: of the whole step, the median of several.
-        functional_seconds: of the functional in it, features left out.
-        flops: of the functional.
-    """
-
-    seconds: float
-    functional_seconds: float
-    flops: int
-
-    @property
-    def share(self) -> float:
-        """Of the functional in the step."""
-        return self.functional_seconds / self.seconds
 
 
 class LearnedOptimizer(Optimizer):
@@ -248,6 +226,11 @@ class LearnedOptimizer(Optimizer):
             self._publish()
         return self._momenta
 
+    @torch.no_grad()
+    def _prepare(self) -> Tensor:
+        flat = self.spec.flatten(self._model)
+        return self._ready(flat, len(decays_of(self.momentum, flat)[0]))
+
     def _publish(self) -> None:
         """Let ``state`` have the momenta: views, save of tensors that the spec has by parts."""
         if self._momenta is None:
@@ -264,9 +247,14 @@ class LearnedOptimizer(Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave; a step is as if there had been no break."""
+        """Load what :meth:`state_dict` gave; steps are then as if there had been no break.
+
+        Raises:
+            ValueError: the momenta are of other tensors, or another ``momentum`` wants more or fewer of them.
+        """
         super().load_state_dict(state_dict)
         self._begin()
+        self._prepare()
 
     def measure(self, repeats: int = 10) -> StepCost:
         """How long a step takes with the present gradients, and the functional in it; nothing is changed.
@@ -277,34 +265,12 @@ class LearnedOptimizer(Optimizer):
         """
         _check.count(f"{WHERE}.measure", "repeats", repeats)
         device = self.functional.weights[0].device
-        marks: list[float] = []
-
-        def mark() -> None:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            marks.append(perf_counter())
-
-        with torch.no_grad():
-            flat = self.spec.flatten(self._model)
-            momenta = self._ready(flat, len(decays_of(self.momentum, flat)[0]))
-            changed = [*self._params.values(), momenta, self._count]
-            kept = [tensor.clone() for tensor in changed]
-        skipped, times = self.skipped, []
+        changed = [*self._params.values(), self._prepare(), self._count]
+        skipped = self.skipped
         try:
-            for _ in range(repeats):
-                marks.clear()
-                mark()
-                self._step(mark)
-                mark()
-                if len(marks) != 4:
-                    raise ValueError(f"{WHERE}.measure: a gradient is not finite")
-                times.append((marks[3] - marks[0], marks[2] - marks[1]))
+            return measure(self._step, changed, device, repeats, self.functional.flops())
         finally:
             self.skipped = skipped
-            with torch.no_grad():
-                torch._foreach_copy_(changed, kept)
-        whole, part = (median(each) for each in zip(*times, strict=True))
-        return StepCost(whole, part, self.functional.flops())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the functional, alpha, beta and momentum as one safetensors file: what was learned, not the state.
