@@ -150,7 +150,6 @@ def test_it_learns(estimator: str) -> None:
     made = learn(iterations, estimator=estimator, lr=lr, alpha=0.05)
     fifth = iterations // 5
     assert made.losses[-fifth:].mean() < made.losses[3 : 3 + fifth].mean() - 0.1
-    assert made.clipped.sum() == 0
     assert made.alpha > 0.05
 
 

@@ -25,7 +25,7 @@ class Inner:
                 f"{where}: data must be a pair (x, targets), not {_check.describe(data)}"
             )
         x, targets = data
-        runner = resolve(where, flat, model, x)
+        runner, x = resolve(where, flat, model, x)
         if not runner.shared:
             raise ValueError(f"{where}: data must be samples [D, ...] that all networks share")
         self.targets = check_targets(where, runner, flat, x, targets)
