@@ -264,7 +264,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("estimator", ["pes", "backprop"])
+@pytest.mark.parametrize("estimator", ["pes", pytest.param("backprop", marks=pytest.mark.slow)])
 def test_two_processes_do_what_one_does(estimator: str, tmp_path: Path) -> None:
     path = str(tmp_path / "run.safetensors")
     code = SHARED.format(

@@ -55,7 +55,7 @@ def meta_train(
     horizon: int = 1000,
     batch_size: int | None = None,
     alpha: float = 0.1,
-    beta: float = 1e-3,
+    beta: float = 0.03,
     momentum: float = 0.9,
     estimator: Literal["pes", "backprop"] = "pes",
     sigma: float = 0.01,
