@@ -7,6 +7,7 @@ from typing import Any
 import bad_circles
 import bad_generate
 import bad_generators
+import bad_learned
 import bad_training
 import numpy as np
 import pytest
@@ -216,6 +217,7 @@ VALID: dict[str, tuple[Callable, dict[str, Any]]] = {
     **bad_generate.VALID,
     **bad_training.VALID,
     **bad_generators.VALID,
+    **bad_learned.VALID,
 }
 
 H, ONE = PERMS["h"], PERMS["h"][0]
@@ -982,7 +984,7 @@ SWEEP |= {
     **bad_generate.SWEEP,
     **bad_training.SWEEP,
 }
-SWEEP |= bad_generators.SWEEP
+SWEEP |= bad_generators.SWEEP | bad_learned.SWEEP
 
 CASES = [
     pytest.param(where, argument, value, error, text, id=f"{where}-{argument}-{i}")
@@ -1098,6 +1100,7 @@ BOUNDED = (
     "steps",
     *bad_circles.BOUNDED,
     *bad_generators.BOUNDED,
+    *bad_learned.BOUNDED,
 )
 
 

@@ -11,7 +11,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 @pytest.mark.parametrize(
     "name",
-    ["README.md", "docs/ops.md", "docs/manifolds.md", "docs/alignment.md", "docs/populations.md"],
+    [
+        *("README.md", "docs/ops.md", "docs/manifolds.md", "docs/alignment.md"),
+        *("docs/populations.md", "docs/learned.md"),
+    ],
 )
 def test_the_ten_lines_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # where pictures go

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,6 +105,15 @@ def choice(
     if value not in choices:
         expected = ", ".join(map(repr, choices)) + (f" or {or_else}" if or_else else "")
         raise ValueError(f"{where}: {name} must be one of {expected}, not {value!r}")
+
+
+def path(where: str, name: str, value: Any) -> Path:
+    """``value`` as a path, which it must be."""
+    if not isinstance(value, (str, os.PathLike)) or isinstance(os.fspath(value), bytes):
+        raise TypeError(f"{where}: {name} must be a path, not {describe(value)}")
+    if "\0" in os.fspath(value):
+        raise ValueError(f"{where}: {name} must be a path, which has no null character")
+    return Path(value)
 
 
 def index_dtype(where: str, name: str, value: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ Weights = dict[str, Tensor]
 _SUFFIXES = (".safetensors", ".pt", ".pth")
 #: differences that a message lists
 _LISTED = 20
+#: key of a file's description among the strings that safetensors keeps
+_KEY = "weightops"
 
 
 class CheckpointError(ValueError):
@@ -119,3 +122,50 @@ def _save(state: Weights, suffix: str, path: Path) -> Any:
     from safetensors.torch import save_file
 
     return save_file(state, path, metadata={"format": "pt"})
+
+
+def write_described(
+    where: str, path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
+) -> None:
+    """Write one safetensors file with a description as JSON: whole, or not at all."""
+    from safetensors.torch import save_file
+
+    if not path.name:
+        raise CheckpointError(f"{where}: {path}: can't be written: it is no file")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{where}: {path}: can't be written: {path.parent} is no folder")
+    copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    try:
+        save_file(copies, temporary, metadata={_KEY: json.dumps(description)})
+        os.replace(temporary, path)
+    except Exception as error:  # safetensors has an error of its own for a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{where}: {path}: can't be written: {reason}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_described(where: str, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and description of a file that :func:`write_described` wrote."""
+    tensors, strings = read_tensors(where, path)
+    if _KEY not in strings:
+        raise CheckpointError(f"{where}: {path}: was not written by weightops")
+    return tensors, json.loads(strings[_KEY])
+
+
+def read_tensors(where: str, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors of a safetensors file, in mapped memory, and the strings kept with them."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        path.open("rb").close()
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except OSError as error:
+        raise CheckpointError(f"{where}: {path}: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{where}: {path}: is truncated or no safetensors file: {error}"
+        ) from None

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from weightops import WeightSpec, testing
+from weightops import WeightSpec, _checkpoints, testing
 from weightops._checkpoints import CheckpointError
 from weightops.generate import WeightGenerator, _training
 from weightops.tokens import statistics
@@ -159,7 +159,7 @@ def test_a_checkpoint_that_can_not_be_written_leaves_the_last_one(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="No space left"):
-        patch.setattr(_training.os, "replace", full)
+        patch.setattr(_checkpoints.os, "replace", full)
         fit(make(), checkpoint=path, every=2)
     assert path.read_bytes() == kept
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
@@ -197,7 +197,7 @@ def test_files_that_are_none_are_refused_by_name(tmp_path: Path) -> None:
     attempts: list[tuple[Callable, Path, str]] = [
         (load, short, "short.safetensors: is truncated or no safetensors file"),
         (load, tmp_path / "none.safetensors", "none.safetensors: No such file"),
-        (load, foreign, "foreign.safetensors: was not written by weightops.generate"),
+        (load, foreign, "foreign.safetensors: was not written by weightops"),
         (load, run, "run.safetensors: is a checkpoint of a training, but no trained model"),
         (lambda path: fit(make(), checkpoint=path), short, "short.safetensors: is truncated"),
         (lambda path: fit(make(), checkpoint=path), saved, "is no checkpoint of a training, but a"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import warnings
 import zlib
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from weightops import _check
-from weightops._checkpoints import CheckpointError
+from weightops._checkpoints import CheckpointError, read_tensors
 from weightops.spec import WeightSpec
 
 MANIFEST = "zoo.json"
@@ -66,14 +65,6 @@ def _checksum_of(content: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(content).encode())
 
 
-def check_path(where: str, name: str, path: Any) -> Path:
-    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
-        raise TypeError(f"{where}: {name} must be a path, not {_check.describe(path)}")
-    if "\0" in os.fspath(path):
-        raise ValueError(f"{where}: {name} must be a path, which has no null character")
-    return Path(path)
-
-
 def read_manifest(where: str, directory: Path) -> Manifest:
     """What ``directory``'s ``zoo.json`` says; :class:`CheckpointError` where it can't be relied on."""
     path = directory / MANIFEST
@@ -117,23 +108,6 @@ def read_manifest(where: str, directory: Path) -> Manifest:
     if not networks:
         raise CheckpointError(f"{where}: {path}: the zoo is empty")
     return found
-
-
-def read_tensors(where: str, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors of a safetensors file, in mapped memory, and the strings kept with them."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        path.open("rb").close()
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
-    except OSError as error:
-        raise CheckpointError(f"{where}: {path}: {error.strerror or error}") from None
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{where}: {path}: is truncated or no safetensors file: {error}"
-        ) from None
 
 
 def open_shard(where: str, directory: Path, manifest: Manifest, shard: Shard) -> dict[str, Tensor]:

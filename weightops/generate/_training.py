@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from math import cos, pi
 from pathlib import Path
@@ -13,40 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from weightops._checkpoints import CheckpointError
+from weightops._checkpoints import CheckpointError, read_described, write_described
 from weightops._progress import track
-from weightops.generate._files import read_tensors
-
-#: key of a file's description among the strings that safetensors keeps
-_KEY = "weightops"
-
-
-def write(
-    where: str, path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
-) -> None:
-    """Write one safetensors file with a description as JSON: whole, or not at all."""
-    from safetensors.torch import save_file
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    if not path.parent.is_dir():
-        raise CheckpointError(f"{where}: {path}: can't be written: {path.parent} is no folder")
-    copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    try:
-        save_file(copies, temporary, metadata={_KEY: json.dumps(description)})
-        os.replace(temporary, path)
-    except Exception as error:  # safetensors has an error of its own for a full disk
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{where}: {path}: can't be written: {reason}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read(where: str, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and description of a file that :func:`write` wrote."""
-    tensors, strings = read_tensors(where, path)
-    if _KEY not in strings:
-        raise CheckpointError(f"{where}: {path}: was not written by weightops.generate")
-    return tensors, json.loads(strings[_KEY])
 
 
 class Training:
@@ -154,10 +121,12 @@ class Training:
         tensors = {
             f"{part}.{name}": t for part, named in parts.items() for name, t in named.items()
         }
-        write(self.where, path, tensors, {"run": self.run, "done": self._done, "step": step})
+        write_described(
+            self.where, path, tensors, {"run": self.run, "done": self._done, "step": step}
+        )
 
     def _read(self, path: Path) -> None:
-        tensors, description = read(self.where, path)
+        tensors, description = read_described(self.where, path)
         if "run" not in description:
             raise CheckpointError(
                 f"{self.where}: {path}: is no checkpoint of a training, but a trained model"

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from weightops import _check
-from weightops._checkpoints import CheckpointError
-from weightops.generate._files import check_path
-from weightops.generate._training import Training, read, write
+from weightops._checkpoints import CheckpointError, read_described, write_described
+from weightops.generate._training import Training
 from weightops.generate.encoder import (
     ClassIndex,
     Dataset,
@@ -218,7 +217,7 @@ class WeightGenerator(nn.Module):
         _check.number("fit", "decay", decay, 0, 1)
         _check.seed("fit", seed)
         _check.flag("fit", "progress", progress)
-        path = None if checkpoint is None else check_path("fit", "checkpoint", checkpoint)
+        path = None if checkpoint is None else _check.path("fit", "checkpoint", checkpoint)
         run = {
             **{"config": self.config, "spec": self.spec.digest, "steps": list(steps)},
             **{"batch": batch, "rate": rate, "kl": kl, "noise": noise, "decay": decay},
@@ -349,7 +348,7 @@ class WeightGenerator(nn.Module):
         """
         found = self.statistics and self.statistics.to_json()
         description = {"config": self.config, "spec": self.spec.to_json(), "statistics": found}
-        write("save", check_path("save", "path", path), self.state_dict(), description)
+        write_described("save", _check.path("save", "path", path), self.state_dict(), description)
 
     @classmethod
     def load(cls, path: str | Path, *, extractor: nn.Module | None = None) -> WeightGenerator:
@@ -358,8 +357,8 @@ class WeightGenerator(nn.Module):
         Raises:
             ValueError: the file can't be read, or holds no such model.
         """
-        path = check_path("load", "path", path)
-        tensors, description = read("load", path)
+        path = _check.path("load", "path", path)
+        tensors, description = read_described("load", path)
         if "config" not in description:
             raise CheckpointError(
                 f"load: {path}: is a checkpoint of a training, but no trained model"

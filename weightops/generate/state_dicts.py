@@ -52,11 +52,11 @@ def import_state_dicts(
     where = "import_state_dicts"
     if isinstance(paths, (str, bytes)) or not isinstance(paths, Sequence):
         raise TypeError(f"{where}: paths must be a list of paths, not {_check.describe(paths)}")
-    files = [_files.check_path(where, f"paths[{n}]", path) for n, path in enumerate(paths)]
+    files = [_check.path(where, f"paths[{n}]", path) for n, path in enumerate(paths)]
     if not files:
         raise ValueError(f"{where}: paths is empty, so that the zoo would be, too")
     _check.flag(where, "progress", progress)
-    out = _files.check_path(where, "out", out)
+    out = _check.path(where, "out", out)
     with _named(where):
         writer = ZooWriter(out, spec, shard_size=shard_size, classes=classes, about=about)
     if metadata is not None and not isinstance(metadata, Mapping):

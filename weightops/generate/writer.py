@@ -54,7 +54,7 @@ class ZooWriter:
         about: Mapping[str, Any] | None = None,
     ) -> None:
         where = "ZooWriter"
-        self._path = _files.check_path(where, "path", path)
+        self._path = _check.path(where, "path", path)
         if not isinstance(spec, WeightSpec):
             raise TypeError(f"{where}: spec must be a WeightSpec, not {_check.describe(spec)}")
         _check.count(where, "shard_size", shard_size)

@@ -53,7 +53,7 @@ class Zoo:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         where = "Zoo"
-        directory = _files.check_path(where, "path", path)
+        directory = _check.path(where, "path", path)
         manifest = _files.read_manifest(where, directory)
         self.spec = manifest.spec
         self.about = MappingProxyType(dict(manifest.about))

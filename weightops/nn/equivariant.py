@@ -107,7 +107,7 @@ class EquivariantLinear(nn.Module):
         The variance is 1 / (C_in * number of terms that write the same output tensor), as in the paper's
         code; factors compose to that variance.
         """
-        counts = torch.tensor(self._terms_per_output(), dtype=torch.int64)
+        counts = torch.tensor(self.plan.terms_per_output, dtype=torch.int64)
         std = (counts * self.in_channels).repeat_interleave(counts).rsqrt()
         if self.factors is None:
             _draw(self.theta, std)
@@ -144,7 +144,7 @@ class EquivariantLinear(nn.Module):
         if self.factors is not None:
             theta = self.factors.compose(self.up, self.down, self.theta)
         parts = map(str, self.plan.outputs.parts)
-        return dict(zip(parts, theta.split(self._terms_per_output()), strict=True))
+        return dict(zip(parts, theta.split(self.plan.terms_per_output), strict=True))
 
     @torch.no_grad()
     def from_per_term_(self, tensors: Mapping[str, Tensor]) -> EquivariantLinear:
@@ -163,7 +163,7 @@ class EquivariantLinear(nn.Module):
                 f"{where}: tensors must map output tensors to parameters, "
                 f"not {_check.describe(tensors)}"
             )
-        counts = self._terms_per_output()
+        counts = self.plan.terms_per_output
         expected = dict(zip(map(str, self.plan.outputs.parts), counts, strict=True))
         for name in tensors.keys() ^ expected.keys():
             lacks = "the layer" if name in tensors else "tensors"
@@ -195,15 +195,6 @@ class EquivariantLinear(nn.Module):
             if value != default
         )
         return f"{self.in_channels}, {self.out_channels}, num_terms={plan.num_terms}{options}"
-
-    def _terms_per_output(self) -> list[int]:
-        """Number of terms that write each output tensor; terms are numbered by it first."""
-        counts = [0] * len(self.plan.outputs.parts)
-        for each in self.plan.types:
-            for w, (number, _) in enumerate(each.writers):
-                terms = sum(row[w] >= 0 for row in each.table)
-                counts[self.plan.outputs.nodes[number].part] += terms
-        return counts
 
 
 def _parameter(

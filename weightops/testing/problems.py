@@ -144,11 +144,7 @@ class Equivariant:
     @property
     def flops(self) -> int:
         """Two a multiplication of channels, for every term at every position of its type."""
-        terms = sum(
-            prod(each.sizes) * sum(t >= 0 for row in each.table for t in row)
-            for each in self.plan.types
-        )
-        return 2 * self.batch * terms * self.in_channels * self.out_channels
+        return 2 * self.batch * self.plan.products * self.in_channels * self.out_channels
 
     def make(self, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """x, theta and bias."""

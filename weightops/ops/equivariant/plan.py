@@ -15,6 +15,7 @@ import hashlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -165,6 +166,22 @@ class EquivariantPlan:
     def terms(self) -> list[Term]:
         """The basis maps, numbered as in the paper's code; ``theta[t]`` is the matrix of ``terms[t]``."""
         return [term(o, i, match) for o, i, match in self._matches()]
+
+    @property
+    def terms_per_output(self) -> list[int]:
+        """Number of terms that write each output tensor; terms are numbered by it first."""
+        counts = [0] * len(self.outputs.parts)
+        for each in self.types:
+            for w, (number, _) in enumerate(each.writers):
+                counts[self.outputs.nodes[number].part] += sum(row[w] >= 0 for row in each.table)
+        return counts
+
+    @property
+    def products(self) -> int:
+        """Multiplications of a network's channels: terms, each at all positions of its type."""
+        return sum(
+            prod(each.sizes) * sum(t >= 0 for row in each.table for t in row) for each in self.types
+        )
 
     def _matches(self) -> Iterator[tuple[Part, Part, Match]]:
         for i, j in self._pairs():
