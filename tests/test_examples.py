@@ -308,6 +308,7 @@ def test_claims_of_the_full_circles_experiment() -> None:
         ("manifold", report.tables, check_trends),
         ("connectivity", connectivity.tables, check_connectivity),
         ("generation", generation.tables, check_generation),
+        ("circles", circles.tables, check_circles),
     ],
 )
 def test_docs_tell_the_committed_run(name: str, tables: Callable, check: Callable) -> None:
