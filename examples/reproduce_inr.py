@@ -80,7 +80,7 @@ if __name__ == "__main__":
         report,
         width=150,
         long=(
-            "four times as many steps, more networks and seeds: an hour",
+            "four times as many steps, more networks and seeds: half an hour",
             lambda console: compare(LONG, console),
         ),
     )
