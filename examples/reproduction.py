@@ -122,13 +122,18 @@ def run(
     report: Any,
     width: int,
     papers: Callable[[Path, Console], Results] | None = None,
+    long: tuple[str, Callable[[Console], Results]] | None = None,
 ) -> None:
     """The command: compare, show, save. ``report`` has ``tables`` and ``draw``.
 
-    ``papers`` does it at the paper's scale, and keeps what is done in a folder, to go on from there.
+    ``papers`` does it at the paper's scale, and keeps what is done in a folder, to go on from there; ``long``
+    says what takes longer, and does it.
     """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help=quick)
+    forms = parser.add_mutually_exclusive_group()
+    forms.add_argument("--quick", action="store_true", help=quick)
+    if long:
+        forms.add_argument("--long", action="store_true", help=long[0])
     parser.add_argument(
         "--save", type=Path, default=Path("reproduced"), help="folder for tables and curves"
     )
@@ -143,6 +148,8 @@ def run(
     console = Console(width=width)
     if papers and arguments.paper_scale:
         results = papers(arguments.paper_scale, console)
+    elif long and arguments.long:
+        results = long[1](console)
     else:
         results = compare(arguments.quick, console)
     tables = report.tables(results)

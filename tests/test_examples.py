@@ -10,11 +10,13 @@ import pytest
 import reproduce_circles
 import reproduce_connectivity
 import reproduce_d2nwg
+import reproduce_inr
 import reproduce_manifold
 import reproduction
 from circles import report as circles
 from connectivity import report as connectivity
 from generation import report as generation
+from inr import report as inr
 from manifold import report
 from rich.console import Console
 
@@ -302,6 +304,37 @@ def test_claims_of_the_full_circles_experiment() -> None:
     check_circles(reproduce_circles.short(False, Console(quiet=True)))
 
 
+def test_equivariant_layers_read_digits_from_weights(tmp_path: Path) -> None:
+    results = reproduce_inr.compare(reproduce_inr.QUICK, Console(quiet=True))
+    save("inr", results, inr, tmp_path)
+    assert (tmp_path / "inr.svg").stat().st_size > 10_000
+    assert json.loads((tmp_path / "inr.json").read_text()) == results
+    assert "one call (C++)" in results["fits"]["own"]["kernel"]
+    assert results["fits"]["own"]["psnr"][0] > 20
+    for name in ("UNF", "UNF, permuted"):
+        for other in ("MLP", "MLP, permuted"):
+            assert inr.mean(results, "own", name) > 0.05 + inr.mean(results, "own", other)
+
+
+def check_inr(results: reproduction.Results) -> None:
+    own, shared = (results["readers"][start] for start in ("own", "shared"))
+    for name in ("UNF", "UNF, permuted"):
+        for other in ("MLP", "MLP, permuted"):
+            assert min(own[name]["accuracy"]) > 0.2 + max(own[other]["accuracy"])
+            assert min(own[name]["together"]) > 0.4 + max(own[other]["together"])
+        for other in ("Deep Sets", "Deep Sets, permuted"):
+            assert min(own[name]["accuracy"]) > 0.05 + max(own[other]["accuracy"])
+    unf, mlp = (shared[name]["accuracy"] for name in ("UNF, permuted", "MLP, permuted"))
+    assert min(unf) > 0.1 + max(mlp)
+    # Not so where units have the same place in all networks.
+    assert inr.mean(results, "shared", "UNF") < inr.mean(results, "shared", "MLP")
+
+
+@pytest.mark.slow
+def test_claims_of_the_full_inr_experiment() -> None:
+    check_inr(reproduce_inr.compare(reproduce_inr.FULL, Console(quiet=True)))
+
+
 @pytest.mark.parametrize(
     ("name", "tables", "check"),
     [
@@ -309,6 +342,7 @@ def test_claims_of_the_full_circles_experiment() -> None:
         ("connectivity", connectivity.tables, check_connectivity),
         ("generation", generation.tables, check_generation),
         ("circles", circles.tables, check_circles),
+        ("inr", inr.tables, check_inr),
     ],
 )
 def test_docs_tell_the_committed_run(name: str, tables: Callable, check: Callable) -> None:
