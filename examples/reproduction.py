@@ -122,10 +122,12 @@ def run(
     report: Any,
     width: int,
     papers: Callable[[Path, Console], Results] | None = None,
+    long: tuple[str, Callable[[Console], Results]] | None = None,
 ) -> None:
     """The command: compare, show, save. ``report`` has ``tables`` and ``draw``.
 
     ``papers`` does it at the paper's scale, and keeps what is done in a folder, to go on from there.
+    ``long`` is what ``--long`` says in its help, and does.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help=quick)
@@ -139,10 +141,14 @@ def run(
             metavar="FOLDER",
             help="steps and seeds of the paper, for days; a run that is killed goes on from FOLDER",
         )
+    if long:
+        parser.add_argument("--long", action="store_true", help=long[0])
     arguments = parser.parse_args()
     console = Console(width=width)
     if papers and arguments.paper_scale:
         results = papers(arguments.paper_scale, console)
+    elif long and arguments.long:
+        results = long[1](console)
     else:
         results = compare(arguments.quick, console)
     tables = report.tables(results)

@@ -11,11 +11,15 @@ import reproduce_circles
 import reproduce_connectivity
 import reproduce_d2nwg
 import reproduce_manifold
+import reproduce_unf_zoo
 import reproduction
+import torch
 from circles import report as circles
 from connectivity import report as connectivity
 from generation import report as generation
 from manifold import report
+from prediction import report as prediction
+from prediction import zoo
 from rich.console import Console
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -300,6 +304,39 @@ def check_circles(results: reproduction.Results) -> None:
 @pytest.mark.slow
 def test_claims_of_the_full_circles_experiment() -> None:
     check_circles(reproduce_circles.short(False, Console(quiet=True)))
+
+
+def test_accuracies_are_told_from_weights(tmp_path: Path) -> None:
+    results = reproduce_unf_zoo.compare(reproduce_unf_zoo.QUICK, Console(quiet=True))
+    save("prediction", results, prediction, tmp_path)
+    assert (tmp_path / "prediction.svg").stat().st_size > 10_000
+    assert json.loads((tmp_path / "prediction.json").read_text()) == results
+    low, high = np.quantile(results["zoo"]["accuracy"], (0.1, 0.9))
+    assert high - low > 0.1
+    for name in results["predictors"]:
+        assert prediction.taus(results, name).min() > 0.6
+
+
+def test_networks_trained_at_once_are_the_module() -> None:
+    model = zoo.Elman()
+    characters = torch.randint(len(zoo.CHARACTERS), (2, 3, zoo.LENGTH))
+    one_hot = torch.nn.functional.one_hot(characters, len(zoo.CHARACTERS)).float()
+    flat = zoo.traced().flatten([model, zoo.Elman()])
+    torch.testing.assert_close(zoo.logits(flat, characters)[0], model(one_hot[0]))
+
+
+def check_prediction(results: reproduction.Results) -> None:
+    found = {name: prediction.taus(results, name) for name in results["predictors"]}
+    assert len(found["UNF"]) == 5
+    assert found["UNF"].mean() > 0.85
+    assert found["UNF"].mean() > found["Deep Sets"].mean()
+    assert found["UNF"].mean() > found["StatNN, boosted trees"].mean()
+    assert found["UNF"].mean() > found["StatNN, perceptron"].mean()
+
+
+@pytest.mark.slow
+def test_claims_of_the_full_prediction_experiment() -> None:
+    check_prediction(reproduce_unf_zoo.compare(reproduce_unf_zoo.FULL, Console(quiet=True)))
 
 
 @pytest.mark.parametrize(
