@@ -329,8 +329,8 @@ def check_prediction(results: reproduction.Results) -> None:
     found = {name: prediction.taus(results, name) for name in results["predictors"]}
     assert len(found["UNF"]) == 5
     assert found["UNF"].mean() > 0.85
-    assert found["UNF"].mean() > found["Deep Sets"].mean()
-    assert found["UNF"].mean() > found["StatNN, boosted trees"].mean()
+    assert found["UNF"].mean() > 0.005 + found["Deep Sets"].mean()
+    assert found["UNF"].mean() > 0.005 + found["StatNN, boosted trees"].mean()
     assert found["UNF"].mean() > found["StatNN, perceptron"].mean()
 
 
@@ -346,6 +346,7 @@ def test_claims_of_the_full_prediction_experiment() -> None:
         ("connectivity", connectivity.tables, check_connectivity),
         ("generation", generation.tables, check_generation),
         ("circles", circles.tables, check_circles),
+        ("prediction", prediction.tables, check_prediction),
     ],
 )
 def test_docs_tell_the_committed_run(name: str, tables: Callable, check: Callable) -> None:

@@ -111,10 +111,11 @@ def draw_taus(axis: Any, results: Results) -> None:
         found = taus(results, name)
         axis.barh(n, found.mean(), 0.7, color=COLORS[name], alpha=0.5)
         axis.plot(found, [n] * len(found), "o", color=COLORS[name], markersize=4)
-    least = min(taus(results, name).min() for name in names)
+    every = np.concatenate([taus(results, name) for name in names])
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
-    axis.set(title="Kendall's tau, a point a split", xlim=(least - 0.05, 1), xlabel="tau")
+    axis.set(title="Kendall's tau, a point a split", xlabel="tau")
+    axis.set_xlim(every.min() - 0.05, every.max() + 0.02)
 
 
 def draw_networks(axis: Any, results: Results) -> None:
