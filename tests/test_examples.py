@@ -12,12 +12,16 @@ import reproduce_connectivity
 import reproduce_d2nwg
 import reproduce_inr
 import reproduce_manifold
+import reproduce_unf_zoo
 import reproduction
+import torch
 from circles import report as circles
 from connectivity import report as connectivity
 from generation import report as generation
 from inr import report as inr
 from manifold import report
+from prediction import report as prediction
+from prediction import zoo
 from rich.console import Console
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -335,6 +339,39 @@ def test_claims_of_the_full_inr_experiment() -> None:
     check_inr(reproduce_inr.compare(reproduce_inr.FULL, Console(quiet=True)))
 
 
+def test_accuracies_are_told_from_weights(tmp_path: Path) -> None:
+    results = reproduce_unf_zoo.compare(reproduce_unf_zoo.QUICK, Console(quiet=True))
+    save("prediction", results, prediction, tmp_path)
+    assert (tmp_path / "prediction.svg").stat().st_size > 10_000
+    assert json.loads((tmp_path / "prediction.json").read_text()) == results
+    low, high = np.quantile(results["zoo"]["accuracy"], (0.1, 0.9))
+    assert high - low > 0.1
+    for name in results["predictors"]:
+        assert prediction.taus(results, name).min() > 0.6
+
+
+def test_networks_trained_at_once_are_the_module() -> None:
+    model = zoo.Elman()
+    characters = torch.randint(len(zoo.CHARACTERS), (2, 3, zoo.LENGTH))
+    one_hot = torch.nn.functional.one_hot(characters, len(zoo.CHARACTERS)).float()
+    flat = zoo.traced().flatten([model, zoo.Elman()])
+    torch.testing.assert_close(zoo.logits(flat, characters)[0], model(one_hot[0]))
+
+
+def check_prediction(results: reproduction.Results) -> None:
+    found = {name: prediction.taus(results, name) for name in results["predictors"]}
+    assert len(found["UNF"]) == 5
+    assert found["UNF"].mean() > 0.85
+    assert found["UNF"].mean() > 0.005 + found["Deep Sets"].mean()
+    assert found["UNF"].mean() > 0.005 + found["StatNN, boosted trees"].mean()
+    assert found["UNF"].mean() > found["StatNN, perceptron"].mean()
+
+
+@pytest.mark.slow
+def test_claims_of_the_full_prediction_experiment() -> None:
+    check_prediction(reproduce_unf_zoo.compare(reproduce_unf_zoo.FULL, Console(quiet=True)))
+
+
 @pytest.mark.parametrize(
     ("name", "tables", "check"),
     [
@@ -343,6 +380,7 @@ def test_claims_of_the_full_inr_experiment() -> None:
         ("generation", generation.tables, check_generation),
         ("circles", circles.tables, check_circles),
         ("inr", inr.tables, check_inr),
+        ("prediction", prediction.tables, check_prediction),
     ],
 )
 def test_docs_tell_the_committed_run(name: str, tables: Callable, check: Callable) -> None:
