@@ -477,6 +477,8 @@ def test_merge_weights_are_numbers_in_any_form() -> None:
     )
     for weights in (*forms, torch.tensor([0.1, 3.0], dtype=torch.float64)):
         torch.testing.assert_close(merge(flat, weights, spec), expected, rtol=1e-15, atol=1e-15)
+    rows = merge(flat, [np.array([0.1, 3.0])], spec)
+    torch.testing.assert_close(rows, expected[None], rtol=1e-15, atol=1e-15)
     compiled = torch.compile(lambda x: merge(x, [0.1, 3], spec), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(flat), expected)
 

@@ -200,13 +200,20 @@ _MERGED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def _numbers(where: str, weights: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     try:
         if _real(weights):
-            return torch.tensor(weights, dtype=dtype, device=device)
+            return torch.tensor(_listed(weights), dtype=dtype, device=device)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         pass
     raise TypeError(
         f"{where}: weights must be numbers [M] or [L, M], or one tensor of them, "
         f"not {_check.describe(weights)}"
     )
+
+
+def _listed(value: Any) -> Any:
+    """Arrays inside lists as lists, since of them torch warns that it is slow."""
+    if isinstance(value, (list, tuple)):
+        return [each.tolist() if isinstance(each, np.ndarray) else _listed(each) for each in value]
+    return value
 
 
 def _real(value: Any) -> bool:
