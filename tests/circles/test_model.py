@@ -7,6 +7,7 @@ from torch.func import functional_call
 import weightops
 from weightops import circles
 from weightops.circles import model
+from weightops.population._compile import PROGRAM
 
 
 def population(p: int = 7, d: int = 3, width: int = 5) -> tuple[weightops.WeightSpec, torch.Tensor]:
@@ -18,6 +19,11 @@ def test_the_papers_network_has_49311_weights() -> None:
     spec, network = circles.pair_spec(59, 128), circles.PairNetwork(59, 128)
     assert spec.numel == 49_311
     assert spec.flatten(network).shape == (1, 49_311)
+
+
+def test_the_program_written_by_hand_is_what_tracing_gives() -> None:
+    traced = weightops.trace(circles.PairNetwork(7, 3, 5), torch.zeros(2, 2, dtype=torch.int64))
+    assert circles.pair_spec(7, 3, 5)._cache[PROGRAM] == traced._cache[PROGRAM]
 
 
 def test_the_symmetries_are_proven() -> None:

@@ -14,6 +14,7 @@ from weightops.ops.population.program import Layer, Program
 _aten = torch.ops.aten
 #: where a traced spec keeps what :func:`compile_or_reason` gave
 PROGRAM = "program"
+#: up to which float32 has all integers
 _WHOLE = 1 << 24
 
 
@@ -66,10 +67,10 @@ class _Reader:
         }
         self.names: dict[fx.Node, str] = {}
         self.values: dict[fx.Node, int] = {}
-        self.scaled: dict[fx.Node, tuple[fx.Node, int, float]] = {}  # arguments of sines
-        self.embedded: dict[
-            fx.Node, tuple[fx.Node, fx.Node]
-        ] = {}  # pairs of tokens and their table
+        # Arguments of sines: what is multiplied, its value then, the factor.
+        self.scaled: dict[fx.Node, tuple[fx.Node, int, float]] = {}
+        # Tokens and the table of which these are the rows.
+        self.embedded: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         self.layers: list[Layer] = []
         for node in exported.graph.nodes:
             if node.op == "placeholder" and node.name in held:

@@ -14,7 +14,7 @@ from weightops.ops.population import Program, grouped
 LARGE = 1 << 15
 #: numbers that a product makes of a sample: a group's values stay in the caches
 _MADE = 2048
-_ELEMENTWISE = ("relu", "silu", "gelu", "gelu_tanh", "tanh", "add")
+_ELEMENTWISE = ("relu", "silu", "gelu", "gelu_tanh", "tanh", "sine", "add")
 
 
 def is_large(program: Program) -> bool:
