@@ -116,7 +116,8 @@ struct Tile : Simd<T, Bytes> {
 
   // out[m] = frame's rows[m] + sum over factors of rows[m] @ block, for `height` rows and a vector
   // for each of `width` frames; the block of the second lies second[f] behind the first's.
-  template <int height, int width, bool streams>
+  // Rows are `pitch` apart.
+  template <int height, int width, bool streams, int pitch>
   static WEIGHTOPS_INLINE void multiply(const Factor* factors, int64_t count, const int64_t* second,
                                         int64_t row, int64_t ld, const Frame* frames) {
     Vector sum[height][width];
@@ -129,7 +130,7 @@ struct Tile : Simd<T, Bytes> {
         sum[m][v] = load(from) * frame.scale + frame.common;
     }
     for (int64_t f = 0; f < count; ++f) {
-      const T* rows = factors[f].rows + row * depth;
+      const T* rows = factors[f].rows + row * pitch;
       const T* block = factors[f].block;
       const int64_t other = width == 2 ? second[f] : 0;
       const int64_t ahead_stride = factors[f].ahead_stride;
@@ -143,7 +144,7 @@ struct Tile : Simd<T, Bytes> {
         if constexpr (width == 2) b[1] = load(block + other);
 #pragma GCC unroll 32
         for (int m = 0; m < height; ++m) {
-          const T a = rows[m * depth];
+          const T a = rows[m * pitch];
 #pragma GCC unroll 2
           for (int v = 0; v < width; ++v) sum[m][v] += b[v] * a;
         }
@@ -166,7 +167,7 @@ struct Tile : Simd<T, Bytes> {
 
   // Rows are covered by blocks of decreasing height; where it saves work the last one overlaps the
   // one before, and writes the same again.
-  template <int width, bool streams>
+  template <int width, bool streams, int pitch = depth>
   static WEIGHTOPS_INLINE void multiply_rows(int64_t rows, const Factor* factors, int64_t count,
                                              const int64_t* second, int64_t ld,
                                              const Frame* frames) {
@@ -175,7 +176,7 @@ struct Tile : Simd<T, Bytes> {
     const auto step = [&](auto height) __attribute__((always_inline)) {
       constexpr int h = decltype(height)::value;
       const int64_t at = std::min(row, rows - h);
-      multiply<h, width, streams>(factors, count, second, at, ld, frames);
+      multiply<h, width, streams, pitch>(factors, count, second, at, ld, frames);
       row = at + h;
     };
     while (row < rows) {

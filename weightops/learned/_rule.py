@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from weightops import _check
-from weightops.learned._features import DECAYS, features, time_features
+from weightops.learned._features import DECAYS, time_features
 from weightops.learned.functional import Functional
 
 Number = float | Tensor
@@ -61,13 +61,11 @@ def propose(
 
     ``mark`` is called before and after f.
     """
-    like = functional.weights[0] if theta is None else theta
-    x = features(flat, grads, momenta, functional.spec, functional.eps).to(like.dtype)
-    time = time_features(step, like)
+    time = time_features(step, functional.weights[0] if theta is None else theta)
     mark()
-    f = functional(x, time, theta)
+    f = functional._of(flat, grads, momenta[: len(DECAYS)], time, theta)
     mark()
-    return f.to(flat.dtype)
+    return f
 
 
 def step(

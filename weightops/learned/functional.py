@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from math import prod
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from weightops.learned._features import FEATURES, TIMES
 from weightops.nn._arguments import is_spec, plan_of
 from weightops.ops.equivariant import EquivariantPlan, equivariant_linear, equivariant_stack
 from weightops.ops.equivariant.basis import Term
+from weightops.ops.equivariant.plan import code_of
+from weightops.ops.functional import features, functional
 from weightops.spec import WeightSpec
 
 #: kind -> how its equivariant layers take fixed axes; ``None``: it has none
@@ -164,6 +167,33 @@ class Functional(nn.Module):
                 x = equivariant_linear(x, weights[n], biases[n], plan)
                 x = x.relu() if n + 1 < layers else x
         return x[..., 0]
+
+    def _of(
+        self, flat: Tensor, grads: Tensor, momenta: Tensor, time: Tensor, theta: Tensor | None
+    ) -> Tensor:
+        """f ``[N, P]`` of networks, gradients and six momenta ``[6, N, P]``, in the networks' dtype."""
+        sizes = [prod(shape) for shape in self.spec.shapes.values()]
+        own = self.flatten() if theta is None else theta
+        if self._is_one_call(flat, grads, momenta, own):
+            tensors = flat, grads, momenta, time, own
+            rows = (each if each.dim() > 1 else each[None] for each in tensors)
+            widths = [FEATURES + TIMES, *[self.hidden] * (len(self._plans) - 1), 1]
+            return functional(*rows, sizes, widths, code_of(self._plans[-1]), self.eps)
+        x = features(flat, grads, momenta, sizes, self.eps).to(own.dtype)
+        return self(x, time, theta).to(flat.dtype)
+
+    def _is_one_call(self, flat: Tensor, *others: Tensor) -> bool:
+        """Whether features and layers are one operation: not for gradients, for which features are kept."""
+        layers = len(self._plans)
+        alike = (
+            layers > 1
+            and self.kind != "nfn"
+            and (self.equivariant == 1 or KINDS[self.kind] is None)
+        )
+        plain = not torch.is_grad_enabled() or not any(
+            each.requires_grad for each in (flat, *others, *self.parameters())
+        )
+        return alike and plain and others[-1].dtype == flat.dtype and not _op._transforms_active()
 
     def _runs(self) -> list[tuple[int, int]]:
         """First and end of layers of one plan."""

@@ -1,0 +1,67 @@
+"""The definition of functional, in plain torch and by the equivariant layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from weightops.ops.equivariant import _linear
+
+
+def features(flat: Tensor, grads: Tensor, momenta: Tensor, sizes: Sequence[int], eps: float) -> Tensor:
+    """Weights, gradients and momenta, each over its root mean square in the tensor.
+
+    Args:
+        flat, grads: ``[N, P]``.
+        momenta: ``[R, N, P]``.
+        sizes: of the tensors that the P weights are of.
+        eps: added to mean squares.
+
+    Returns:
+        ``[N, P, 2 + R]``, strided: a channel's numbers lie together.
+    """
+    raw = torch.cat([flat[None], grads[None], momenta])
+    scaled = [piece * _scale(piece, eps) for piece in raw.split(list(sizes), -1)]
+    return (torch.cat(scaled, -1) if scaled else raw).movedim(0, -1)
+
+
+def _scale(piece: Tensor, eps: float) -> Tensor:
+    return (piece.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+
+def functional(
+    flat: Tensor,
+    grads: Tensor,
+    momenta: Tensor,
+    shared: Tensor,
+    theta: Tensor,
+    sizes: Sequence[int],
+    widths: Sequence[int],
+    plan: Sequence[int],
+    eps: float,
+) -> Tensor:
+    """Networks ``[N, P]``, what is shared ``[1 or N, S]`` and theta ``[1 or N, D]`` -> f ``[N, P]``."""
+    x = features(flat, grads, momenta, sizes, eps)
+    if not len(flat):
+        theta = theta.new_zeros(1, theta.shape[1])
+    rows, layers = len(theta), len(widths) - 1
+    counts = [1] * (layers - 1) + [plan[2]]
+    lengths = [n * i * o for n, (i, o) in zip(counts, pairwise(widths), strict=True)]
+    lengths += widths[1:-1]
+    *pieces, last_bias = theta.split([*lengths, theta.shape[1] - sum(lengths)], -1)
+    weights = [
+        piece.reshape(rows, n, i, o)
+        for piece, n, (i, o) in zip(pieces, counts, pairwise(widths), strict=False)
+    ]
+    channels = x.shape[-1]
+    for n, bias in enumerate(pieces[layers:]):
+        weight, bias = weights[n][:, 0], bias[:, None]
+        if n == 0:
+            # What all weights share is summed once, with the bias.
+            bias = bias + shared[:, None] @ weight[:, channels:]
+            weight = weight[:, :channels]
+        x = (x @ weight + bias).relu()
+    return _linear(x, weights[-1], last_bias[..., None], plan, False)[..., 0]
