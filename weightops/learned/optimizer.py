@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from weightops import _check
 from weightops._checkpoints import CheckpointError
 from weightops.learned._cost import StepCost, measure
-from weightops.learned._rule import check_number, decays_of, propose
+from weightops.learned._rule import all_finite, check_number, decays_of, propose
 from weightops.learned.functional import Functional
 from weightops.nn._arguments import is_spec
 from weightops.spec import WeightSpec
@@ -157,7 +157,7 @@ class LearnedOptimizer(Optimizer):
         for name, grad in given.items():
             _check.dense(WHERE, f"the gradient of {name}", grad)
         grads = self._flatten(given)
-        if not bool(grads.isfinite().all()):
+        if not bool(all_finite(grads)):
             if self.nonfinite == "raise":
                 raise ValueError(f"{WHERE}: {self._fault(grads[0])}, and the step was not made")
             self.skipped += 1
