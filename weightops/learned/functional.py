@@ -183,7 +183,10 @@ class Functional(nn.Module):
         return self(x, time, theta).to(flat.dtype)
 
     def _is_one_call(self, flat: Tensor, *others: Tensor) -> bool:
-        """Whether features and layers are one operation: not for gradients, for which features are kept."""
+        """Whether features and layers are one operation: not for gradients, for which features are kept.
+
+        On GPUs the layers have kernels of their own.
+        """
         layers = len(self._plans)
         alike = (
             layers > 1
@@ -193,7 +196,8 @@ class Functional(nn.Module):
         plain = not torch.is_grad_enabled() or not any(
             each.requires_grad for each in (flat, *others, *self.parameters())
         )
-        return alike and plain and others[-1].dtype == flat.dtype and not _op._transforms_active()
+        here = flat.device.type == "cpu" and others[-1].dtype == flat.dtype
+        return alike and plain and here and not _op._transforms_active()
 
     def _runs(self) -> list[tuple[int, int]]:
         """First and end of layers of one plan."""
