@@ -45,8 +45,20 @@ struct Tile : Simd<T, Bytes> {
 #endif
   }
 
-  // NaN is kept.
-  static WEIGHTOPS_INLINE Vector relu(const Vector& x) { return x < Vector{} ? Vector{} : x; }
+  // NaN is kept: of the instruction's operands it is the second that is taken then.
+  static WEIGHTOPS_INLINE Vector relu(const Vector& x) {
+#if WEIGHTOPS_X86
+    if constexpr (Bytes == 64) {
+      Vector larger;
+      if constexpr (sizeof(T) == 4)
+        asm("vmaxps %2, %1, %0" : "=v"(larger) : "v"(Vector{}), "v"(x));
+      else
+        asm("vmaxpd %2, %1, %0" : "=v"(larger) : "v"(Vector{}), "v"(x));
+      return larger;
+    }
+#endif
+    return x < Vector{} ? Vector{} : x;
+  }
 
   // to[0:length] (+)= scale * sum over `count` rows of from, `stride` elements apart.
   static WEIGHTOPS_INLINE void sum_rows(const T* from, int64_t stride, int64_t count,
@@ -125,6 +137,11 @@ struct Tile : Simd<T, Bytes> {
     for (int v = 0; v < width; ++v) {
       const Frame& frame = frames[v];
       const T* from = frame.rows + row * frame.rows_stride;
+      if (frame.scale == 0) {
+#pragma GCC unroll 32
+        for (int m = 0; m < height; ++m) sum[m][v] = frame.common;
+        continue;
+      }
 #pragma GCC unroll 32
       for (int m = 0; m < height; ++m, from += frame.rows_stride)
         sum[m][v] = load(from) * frame.scale + frame.common;

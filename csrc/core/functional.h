@@ -1,5 +1,5 @@
-// A learned optimizer's functional, a network [P] at a time: every weight's channels over their root
-// mean squares through layers that see one weight each; and of their last features, a chunk of
+// A learned optimizer's functional, a network [P] at a time: every weight's channels over their
+// root mean squares through layers that see one weight each; and of their last features, a chunk of
 // weights at a time, what the layer behind them reads. No features are written.
 #pragma once
 
@@ -41,12 +41,12 @@ struct Task {
 // What is held of one network.
 template <class T>
 struct State {
-  Buffer<double> squares;           // [parts, segments, channels]
-  Buffer<T> scales;                 // [segments, channels]
-  Buffer<T> room;                   // of parameters
+  Buffer<double> squares;                 // [parts, segments, channels]
+  Buffer<T> scales;                       // [segments, channels]
+  Buffer<T> room;                         // of parameters
   std::vector<const T*> weights, biases;  // of the layers that see one weight; rows are padded
-  const T *blocks, *bias;           // of the last one: [terms, hidden], [tensors]
-  Buffer<T> sums;                   // [parts, slots, hidden]; sums and rows that are kept
+  const T *blocks, *bias;                 // of the last one: [terms, hidden], [tensors]
+  Buffer<T> sums;                         // [parts, slots, hidden]; sums and rows that are kept
   Buffer<T> fields, broadcast;
 };
 
@@ -113,14 +113,13 @@ struct Kernel {
   template <int pitch>
   static WEIGHTOPS_INLINE void layer(int64_t rows, Factor* factors, int64_t count, int64_t* second,
                                      int64_t width, const T* bias, T* to) {
-    const Vector nothing = {};
     std::fill_n(second, count, lanes);
     for (int64_t lane = 0; lane < width;) {
       const int64_t vectors = lane + 2 * lanes <= width ? 2 : 1;
       Frame frames[2];
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t at = lane + v * lanes;
-        frames[v].rows = reinterpret_cast<const T*>(&nothing);
+        frames[v].rows = bias;
         frames[v].rows_stride = 0;
         frames[v].scale = 0;
         frames[v].common = Arithmetic::load(bias + at);
@@ -139,10 +138,11 @@ struct Kernel {
     }
   }
 
-  // The features of weights [at, at + rows) of a segment: where they lie.
+  // The features of weights [at, at + rows) of a segment: where they lie. Those that come next are
+  // `ahead` of them.
   static WEIGHTOPS_INLINE const T* features(const Task<T>& task, const State<T>& state,
                                             int64_t network, int64_t at, int64_t rows,
-                                            Scratch<T>& scratch) {
+                                            int64_t ahead, Scratch<T>& scratch) {
     Factor* factors = scratch.factors.get(0);
     int64_t* second = scratch.second.get(0);
     const T *from = nullptr, *first = scratch.first.get(0);
@@ -154,7 +154,7 @@ struct Kernel {
         // A channel's numbers lie side by side: it is a factor of its own.
         for (int64_t c = 0; c < task.channels(); ++c) {
           const T* numbers = task.channel(network, c) + at;
-          factors[count++] = {numbers, first + c * width, 1, numbers, 0};
+          factors[count++] = {numbers, first + c * width, 1, numbers + ahead, 1};
         }
         layer<1>(rows, factors, count, second, width, state.biases[l], to);
       } else {
@@ -188,9 +188,8 @@ struct Kernel {
         for (int64_t r = 0; r < run; ++r)
 #pragma GCC unroll 8
           for (int v = 0; v < kDepth; v += lanes)
-            Arithmetic::store(to + r * hidden + k + v,
-                              Arithmetic::load(to + r * hidden + k + v) +
-                                  Arithmetic::load(row + r * kDepth + v));
+            Arithmetic::store(to + r * hidden + k + v, Arithmetic::load(to + r * hidden + k + v) +
+                                                           Arithmetic::load(row + r * kDepth + v));
       }
       m += run;
     }
@@ -244,9 +243,9 @@ struct Kernel {
       if (at >= to) continue;
       for (const Sum& sum : tensor.sums)
         std::fill_n(sums + sum.slot * hidden, tensor.numel / sum.size * hidden, T(0));
-      auto next = std::lower_bound(
-          tensor.kept.begin(), tensor.kept.end(), at - tensor.offset,
-          [](const Kept& each, int64_t position) { return each.at < position; });
+      auto next =
+          std::lower_bound(tensor.kept.begin(), tensor.kept.end(), at - tensor.offset,
+                           [](const Kept& each, int64_t position) { return each.at < position; });
       const int64_t from = at - tensor.offset;
       while (at < to) {
         const int64_t segment = segment_at(task, at),
@@ -255,18 +254,26 @@ struct Kernel {
         for (int64_t c = 0; c < channels; ++c)
           for (int64_t k = 0; k < width; ++k)
             first[c * width + k] = state.weights[0][c * width + k] * scales[c];
-        for (; at < stop; at += kChunk) {
-          const int64_t rows = std::min(kChunk, stop - at), place = at - tensor.offset;
-          const T* found = features(task, state, network, at, rows, scratch);
-          for (const Sum& sum : tensor.sums) add_to(sum, place, rows, found, hidden, sums);
-          for (; next != tensor.kept.end() && next->at < place + rows; ++next)
-            copy(found + (next->at - place) * kDepth, hidden, kept + next->slot * hidden);
-          for (int64_t m = 0; tensor.copy >= 0 && m < rows; ++m)
-            copy(found + m * kDepth, hidden, kept + (tensor.copy + place + m) * hidden);
-          for (const Field& field : tensor.fields)
-            multiply(found, rows, state.blocks + field.term * hidden, hidden,
-                     fields + field.at + place);
-        }
+        // Of wide rows the same columns one after another: the sums over rows stay in the cache.
+        const bool turns = tensor.wide > 0 && tensor.kept.empty();
+        const int64_t wide = turns ? tensor.wide : stop - at;
+        const int64_t row = turns ? at - (at - tensor.offset) % wide : at;
+        for (int64_t column = 0; column < wide; column += kChunk)
+          for (int64_t top = row; top < stop; top += wide) {
+            const int64_t begin = std::max(at, top + column);
+            const int64_t rows = std::min({top + wide, top + column + kChunk, stop}) - begin;
+            if (rows <= 0) continue;
+            const int64_t ahead = turns ? wide : kChunk, place = begin - tensor.offset;
+            const T* found = features(task, state, network, begin, rows, ahead, scratch);
+            for (const Sum& sum : tensor.sums) add_to(sum, place, rows, found, hidden, sums);
+            for (; next != tensor.kept.end() && next->at < place + rows; ++next)
+              copy(found + (next->at - place) * kDepth, hidden, kept + next->slot * hidden);
+            for (int64_t m = 0; tensor.copy >= 0 && m < rows; ++m)
+              copy(found + m * kDepth, hidden, kept + (tensor.copy + place + m) * hidden);
+            for (const Field& field : tensor.fields)
+              multiply(found, rows, state.blocks + field.term * hidden, hidden,
+                       fields + field.at + place);
+          }
         at = stop;
       }
       fold(tensor, from, to - tensor.offset, fields);
@@ -369,8 +376,7 @@ struct Kernel {
       }
       T* to = (target.whole ? task.out + network * task.numel() : broadcast) +
               Rows::at(target.place, span.at);
-      for (int64_t m = 0; m < span.size(); ++m)
-        to[target.place.along(span.begin + m)] = values[m];
+      for (int64_t m = 0; m < span.size(); ++m) to[target.place.along(span.begin + m)] = values[m];
     }
   }
 };

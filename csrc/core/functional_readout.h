@@ -37,12 +37,14 @@ struct Field {
 };
 
 struct Tensor {
-  int64_t offset, numel, row;  // row: positions that parts do not divide
+  int64_t offset, numel;
+  int64_t row = 1;   // positions that parts do not divide
+  int64_t wide = 0;  // positions of the first axis's rows, where sums over it are many
   std::vector<Sum> sums;
-  std::vector<Kept> kept;      // in order of positions
-  int64_t copy = -1;           // slot of its own rows, where they are kept
-  std::vector<Field> fields;   // a number a position: the features times a term's matrix
-  std::vector<Fold> folds;     // in order
+  std::vector<Kept> kept;     // in order of positions
+  int64_t copy = -1;          // slot of its own rows, where they are kept
+  std::vector<Field> fields;  // a number a position: the features times a term's matrix
+  std::vector<Fold> folds;    // in order
 };
 
 class Readout {
@@ -73,19 +75,22 @@ class Readout {
   Plan plan;  // whose slots are those of the sums and rows that are kept
   std::unique_ptr<equivariant::Program> program;  // in positions: of one channel
   std::vector<Tensor> tensors;
-  std::vector<int64_t> base;   // of a term that is a field: to be added to a reader's place
+  std::vector<int64_t> base;  // of a term that is a field: to be added to a reader's place
   std::vector<char> is_field, streamed;
-  int64_t numbers = 0;         // in all fields
+  int64_t numbers = 0;  // in all fields
 
  private:
   // Of a tensor that more terms read the rows are kept: as many numbers would be as large.
   static constexpr size_t kMostFields = 24;
+  // Sums of so many positions do not stay in the first-level cache beside the features.
+  static constexpr int64_t kWide = 128;
 
   void lay_out();
   void lay_out_tensor(int64_t number, const std::vector<std::vector<int64_t>>& terms);
 
   std::shared_ptr<equivariant::Prepared> prepared_;
-  equivariant::Banding folded_;  // nodes nearly as large as their tensor: numbers are summed, not rows
+  equivariant::Banding
+      folded_;  // nodes nearly as large as their tensor: numbers are summed, not rows
 };
 
 inline void Readout::lay_out() {
@@ -104,7 +109,9 @@ inline void Readout::lay_out() {
     if (numel > 0 && (each.offset != end || each.strides != equivariant::dense_strides(each.sizes)))
       throw std::invalid_argument("functional: the plan's tensors do not lie one after another");
     end += numel;
-    tensors.push_back({each.offset, numel, 1, {}, {}, -1, {}, {}});
+    tensors.emplace_back();
+    tensors.back().offset = each.offset;
+    tensors.back().numel = numel;
     lay_out_tensor(t, terms);
   }
   if (end != side.numel || plan.sides[1].numel != side.numel)
@@ -132,8 +139,7 @@ inline void Readout::lay_out_tensor(int64_t number,
       continue;
     }
     if (folds[n]) {
-      if (node.sizes.size() > 1)
-        tensor.row = tensor.numel / std::max<int64_t>(1, node.sizes[0]);
+      if (node.sizes.size() > 1) tensor.row = tensor.numel / std::max<int64_t>(1, node.sizes[0]);
       // From the whole tensor down to the node.
       std::vector<const Node*> chain;
       for (const Node* at = &node; at->parent >= 0; at = &side.nodes[at->parent])
@@ -145,8 +151,8 @@ inline void Readout::lay_out_tensor(int64_t number,
           const int64_t size = sizes[each->dropped];
           int64_t inner = 1;
           for (size_t d = each->dropped + 1; d < sizes.size(); ++d) inner *= sizes[d];
-          tensor.folds.push_back({from, numbers, size, inner, plan.mean ? 1.0 / size : 1.0,
-                                  each == chain.front()});
+          tensor.folds.push_back(
+              {from, numbers, size, inner, plan.mean ? 1.0 / size : 1.0, each == chain.front()});
           from = numbers;
           numbers += each->numel;
         }
@@ -161,6 +167,7 @@ inline void Readout::lay_out_tensor(int64_t number,
       int64_t inner = 1;
       for (size_t d = node.dropped + 1; d < parent.sizes.size(); ++d) inner *= parent.sizes[d];
       tensor.sums.push_back({parent.sizes[node.dropped], inner, node.slot});
+      if (node.dropped == 0 && inner > kWide) tensor.wide = inner;
     } else if (node.whole) {
       node.copied = true;
       tensor.copy = node.slot;

@@ -18,27 +18,27 @@ struct Kernels {
                 int64_t end, State<T>&);
 };
 
-#define WEIGHTOPS_FUNCTIONAL_KERNELS(suffix, attribute, bytes)                                   \
-  template <class T>                                                                             \
-  struct Kernels_##suffix {                                                                      \
-    using Single = Kernel<T, bytes>;                                                             \
-    attribute static void square(const Task<T>& task, int64_t network, int64_t part,             \
-                                 State<T>& state) {                                              \
-      Single::square(task, network, part, state);                                                \
-    }                                                                                            \
-    attribute static void read(const Task<T>& task, int64_t network, int64_t part,               \
-                               State<T>& state, Scratch<T>& scratch) {                           \
-      Single::read(task, network, part, state, scratch);                                         \
-    }                                                                                            \
-    attribute static void pool(const Task<T>& task, State<T>& state) {                           \
-      Single::pool(task, state);                                                                 \
-    }                                                                                            \
-    attribute static void write(const Task<T>& task, int64_t network,                            \
-                                const equivariant::Step& step, int64_t begin, int64_t end,       \
-                                State<T>& state) {                                               \
-      Single::write(task, network, step, begin, end, state);                                     \
-    }                                                                                            \
-    static constexpr Kernels<T> all{square, read, pool, write};                                  \
+#define WEIGHTOPS_FUNCTIONAL_KERNELS(suffix, attribute, bytes)                             \
+  template <class T>                                                                       \
+  struct Kernels_##suffix {                                                                \
+    using Single = Kernel<T, bytes>;                                                       \
+    attribute static void square(const Task<T>& task, int64_t network, int64_t part,       \
+                                 State<T>& state) {                                        \
+      Single::square(task, network, part, state);                                          \
+    }                                                                                      \
+    attribute static void read(const Task<T>& task, int64_t network, int64_t part,         \
+                               State<T>& state, Scratch<T>& scratch) {                     \
+      Single::read(task, network, part, state, scratch);                                   \
+    }                                                                                      \
+    attribute static void pool(const Task<T>& task, State<T>& state) {                     \
+      Single::pool(task, state);                                                           \
+    }                                                                                      \
+    attribute static void write(const Task<T>& task, int64_t network,                      \
+                                const equivariant::Step& step, int64_t begin, int64_t end, \
+                                State<T>& state) {                                         \
+      Single::write(task, network, step, begin, end, state);                               \
+    }                                                                                      \
+    static constexpr Kernels<T> all{square, read, pool, write};                            \
   };
 WEIGHTOPS_FUNCTIONAL_KERNELS(generic, , 16)
 #if WEIGHTOPS_X86
@@ -58,8 +58,8 @@ const Kernels<T>& kernels() {
 
 // Calls f(begin, end, a thread's own room) on ranges that make up [0, count).
 template <class T>
-using Team = std::function<void(int64_t count,
-                                const std::function<void(int64_t, int64_t, Scratch<T>&)>& f)>;
+using Team =
+    std::function<void(int64_t count, const std::function<void(int64_t, int64_t, Scratch<T>&)>& f)>;
 
 // A network's parameters, rows padded with zeros. theta is all layers' matrices, then their biases.
 template <class T>

@@ -11,7 +11,7 @@ using functional::State;
 using functional::Task;
 
 constexpr int64_t kMostParts = 16;
-constexpr int64_t kPartNumbers = 4096;  // weights of a part at least
+constexpr int64_t kPartWeights = 8192;  // at least
 
 // One a thread: they are a network's size and would be given back to the system at every call.
 template <class T>
@@ -29,7 +29,9 @@ State<T>& state() {
 // the number of threads.
 int64_t parts_of(int64_t networks, int64_t numel) {
   if (networks >= kMostParts / 2) return 1;
-  return std::max<int64_t>(1, std::min(kMostParts / networks, numel / kPartNumbers));
+  int64_t parts = 1;
+  while (2 * parts * networks <= kMostParts && 2 * parts * kPartWeights <= numel) parts *= 2;
+  return parts;
 }
 
 template <class T>
@@ -45,9 +47,8 @@ void run(const Task<T>& task) {
     return;
   }
   const functional::Team<T> team = [](int64_t count, const auto& f) {
-    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      f(begin, end, scratch<T>());
-    });
+    torch::stable::parallel_for(0, count, 1,
+                                [&](int64_t begin, int64_t end) { f(begin, end, scratch<T>()); });
   };
   for (int64_t network = 0; network < task.networks; ++network)
     functional::run(task, network, state<T>(), team);
@@ -118,8 +119,8 @@ Tensor functional_forward(const Tensor& flat, const Tensor& grads, const Tensor&
   STD_TORCH_CHECK(theta.size(1) == length, "functional: theta must have ", length, " numbers");
   Tensor out = torch::stable::new_empty(flat, {networks, numel});
   if (out.numel() == 0) return out;
-  const Tensor moments = numel < 2 || momenta.stride(2) == 1 ? momenta
-                                                              : torch::stable::contiguous(momenta);
+  const Tensor moments =
+      numel < 2 || momenta.stride(2) == 1 ? momenta : torch::stable::contiguous(momenta);
   const auto run = [&](auto in) {
     in(*readout, with_contiguous_rows(flat), with_contiguous_rows(grads), moments,
        with_contiguous_rows(shared), with_contiguous_rows(theta), segments, widths, eps, out);

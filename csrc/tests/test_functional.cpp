@@ -26,15 +26,16 @@ std::vector<T> numbers(int64_t count, int64_t seed) {
 // A matrix [n, m] with a label an axis, and a vector [n] with the first one.
 std::vector<int64_t> code_of(int64_t n, int64_t m) {
   const int64_t numel = n * m + n;
-  std::vector<int64_t> side{2, 0, 2, n, m, m, 1, n * m, 1, n, 1,  // tensors
-                            6, 0, -1, -1, 0, 1, 0, 0, 1, 0, 0, 0, 1, -1, -1, 0, 0, 1, 0, 1, 3, 0};
+  std::vector<int64_t> side{2, 0, 2,  n,  m, m, 1, n * m, 1, n, 1,  // tensors
+                            6, 0, -1, -1, 0, 1, 0, 0,     1, 0, 0,
+                            0, 1, -1, -1, 0, 0, 1, 0,     1, 3, 0};
   std::vector<int64_t> code{numel, numel, 10, 1};
   for (int s = 0; s < 2; ++s) code.insert(code.end(), side.begin(), side.end());
-  const std::vector<int64_t> types{4,                                          // by kept labels
-                                   0, 2, 2, 4, 5, 4, 5, 0, 1, 2, 3,              // none
+  const std::vector<int64_t> types{4,                                // by kept labels
+                                   0, 2, 2, 4, 5, 4, 5, 0, 1, 2, 3,  // none
                                    1, n, 2, 2, 1, 0, 3, 0, 1, 0, 3, 0, 4, 5, 6, 7,  // the first
-                                   1, m, 1, 1, 2, 0, 2, 0, 8,                    // the second
-                                   2, n, m, 1, 1, 0, 0, 1, 0, 0, 1, 9};          // both
+                                   1, m, 1, 1, 2, 0, 2, 0, 8,                       // the second
+                                   2, n, m, 1, 1, 0, 0, 1, 0, 0, 1, 9};             // both
   code.insert(code.end(), types.begin(), types.end());
   return code;
 }

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from math import prod
 from typing import Any
 
 import pytest
@@ -13,7 +12,14 @@ from torch import Tensor
 from weightops import EquivariantPlan, WeightSpec, _load
 from weightops.ops.equivariant.plan import code_of
 from weightops.ops.functional import functional, reference
-from weightops.testing import cnn_spec, labelled_mlp_spec, mlp_spec, rnn_spec, transformer_spec
+from weightops.testing import (
+    LearnedFunctional,
+    cnn_spec,
+    labelled_mlp_spec,
+    mlp_spec,
+    rnn_spec,
+    transformer_spec,
+)
 
 D = torch.float64
 kernel = pytest.mark.skipif(
@@ -35,40 +41,8 @@ SPECS = {
 }
 
 
-def arguments(
-    spec: WeightSpec,
-    *,
-    networks: int = 1,
-    own: bool = False,
-    kind: str = "unf",
-    hidden: int = 32,
-    layers: int = 4,
-    momenta: int = 6,
-    dtype: torch.dtype = D,
-) -> list[Any]:
-    """Those of ``functional``, whose layers keep values of order one; ``own``: theta and shared of each network."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=D)
-
-    if kind == "unf":
-        plan = EquivariantPlan(spec)
-    else:
-        vector = WeightSpec({"w": ("w",)}, {"w": (spec.numel,)})
-        plan = EquivariantPlan(vector, terms=lambda term: term.input_indices == term.output_indices)
-    rows, widths = networks if own else 1, [2 + momenta + 3, *[hidden] * (layers - 1), 1]
-    theta = []
-    for n, (into, out) in enumerate(zip(widths, widths[1:], strict=False)):
-        terms = 1 if n < layers - 1 else plan.num_terms
-        theta.append(normal(rows, terms * into * out) / (into * terms) ** 0.5)
-    theta += [normal(rows, width) for width in (*widths[1:-1], plan.num_biases)]
-    tensors = (
-        *(normal(networks, spec.numel), normal(networks, spec.numel) * 1e-2),
-        *(normal(momenta, networks, spec.numel) * 1e-3, normal(rows, 3), torch.cat(theta, 1)),
-    )
-    sizes = [prod(shape) for shape in spec.shapes.values()]
-    return [*(each.to(dtype) for each in tensors), sizes, widths, code_of(plan), 1e-5]
+def arguments(spec: WeightSpec, **options: Any) -> list[Any]:
+    return LearnedFunctional(spec, **({"shared": 3, "dtype": D} | options)).make()
 
 
 def check(given: list[Any]) -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from weightops import _check
-from weightops.learned._features import DECAYS, time_features
+from weightops import _check, _op
+from weightops.learned._features import DECAYS, FEATURES, TIMES, time_features
 from weightops.learned.functional import Functional
+from weightops.ops.equivariant.plan import code_of
+from weightops.ops.functional import features
+from weightops.ops.functional import functional as in_one_call
 
 Number = float | Tensor
 _MOST = sys.float_info.max
@@ -59,13 +63,40 @@ def propose(
 ) -> Tensor:  # fmt: skip
     """f ``[N, P]`` in ``flat``'s dtype, of momenta that have the gradient in them already.
 
-    ``mark`` is called before and after f.
+    ``mark`` is called before and after f, features with it.
     """
-    time = time_features(step, functional.weights[0] if theta is None else theta)
+    own = functional.flatten() if theta is None else theta
+    time = time_features(step, own)
+    sizes = [prod(shape) for shape in functional.spec.shapes.values()]
+    tensors = flat, grads, momenta[: len(DECAYS)]
     mark()
-    f = functional._of(flat, grads, momenta[: len(DECAYS)], time, theta)
+    if _is_one_call(functional, theta, *tensors, own):
+        rows = (each if each.dim() > 1 else each[None] for each in (time, own))
+        widths = [FEATURES + TIMES, *[functional.hidden] * (len(functional._plans) - 1), 1]
+        f = in_one_call(
+            *tensors, *rows, sizes, widths, code_of(functional._plans[-1]), functional.eps
+        )
+    else:
+        x = features(*tensors, sizes, functional.eps).to(own.dtype)
+        f = functional(x, time, theta).to(flat.dtype)
     mark()
     return f
+
+
+def _is_one_call(functional: Functional, theta: Tensor | None, *tensors: Tensor) -> bool:
+    """Whether features and layers are one operation: not for gradients, for which features are kept.
+
+    On GPUs the layers have kernels of their own.
+    """
+    flat, own = tensors[0], tensors[-1]
+    layers = len(functional._plans)
+    fits = layers > 1 and (
+        functional.kind == "deep_sets" or (functional.kind == "unf" and functional.equivariant == 1)
+    )
+    leaves = (*tensors, *(functional.parameters() if theta is None else ()))
+    plain = not (torch.is_grad_enabled() and any(each.requires_grad for each in leaves))
+    here = flat.device.type == "cpu" and own.dtype == flat.dtype
+    return fits and plain and here and not _op._transforms_active()
 
 
 def step(

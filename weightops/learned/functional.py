@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from math import prod
 from typing import Any
 
 import torch
@@ -17,8 +16,6 @@ from weightops.learned._features import FEATURES, TIMES
 from weightops.nn._arguments import is_spec, plan_of
 from weightops.ops.equivariant import EquivariantPlan, equivariant_linear, equivariant_stack
 from weightops.ops.equivariant.basis import Term
-from weightops.ops.equivariant.plan import code_of
-from weightops.ops.functional import features, functional
 from weightops.spec import WeightSpec
 
 #: kind -> how its equivariant layers take fixed axes; ``None``: it has none
@@ -168,37 +165,6 @@ class Functional(nn.Module):
                 x = x.relu() if n + 1 < layers else x
         return x[..., 0]
 
-    def _of(
-        self, flat: Tensor, grads: Tensor, momenta: Tensor, time: Tensor, theta: Tensor | None
-    ) -> Tensor:
-        """f ``[N, P]`` of networks, gradients and six momenta ``[6, N, P]``, in the networks' dtype."""
-        sizes = [prod(shape) for shape in self.spec.shapes.values()]
-        own = self.flatten() if theta is None else theta
-        if self._is_one_call(flat, grads, momenta, own):
-            tensors = flat, grads, momenta, time, own
-            rows = (each if each.dim() > 1 else each[None] for each in tensors)
-            widths = [FEATURES + TIMES, *[self.hidden] * (len(self._plans) - 1), 1]
-            return functional(*rows, sizes, widths, code_of(self._plans[-1]), self.eps)
-        x = features(flat, grads, momenta, sizes, self.eps).to(own.dtype)
-        return self(x, time, theta).to(flat.dtype)
-
-    def _is_one_call(self, flat: Tensor, *others: Tensor) -> bool:
-        """Whether features and layers are one operation: not for gradients, for which features are kept.
-
-        On GPUs the layers have kernels of their own.
-        """
-        layers = len(self._plans)
-        alike = (
-            layers > 1
-            and self.kind != "nfn"
-            and (self.equivariant == 1 or KINDS[self.kind] is None)
-        )
-        plain = not torch.is_grad_enabled() or not any(
-            each.requires_grad for each in (flat, *others, *self.parameters())
-        )
-        here = flat.device.type == "cpu" and others[-1].dtype == flat.dtype
-        return alike and plain and here and not _op._transforms_active()
-
     def _runs(self) -> list[tuple[int, int]]:
         """First and end of layers of one plan."""
         layers = len(self._plans)
@@ -346,13 +312,6 @@ class Functional(nn.Module):
     def extra_repr(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self._options().items())
         return f"{len(self.spec.shapes)} tensors, {options}"
-
-
-def _times(time: Tensor, weight: Tensor) -> Tensor:
-    """``[11]`` or ``[N, 11]`` by ``[11, C]`` or ``[N, 11, C]``: ``[C]`` or ``[N, C]``."""
-    if weight.dim() == 2:
-        return time @ weight
-    return (time[..., None, :] @ weight)[..., 0, :]
 
 
 def _pointwise_plan(spec: WeightSpec) -> EquivariantPlan:

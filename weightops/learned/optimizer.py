@@ -168,12 +168,12 @@ class LearnedOptimizer(Optimizer):
         # What has no gradient keeps its momenta.
         momenta.lerp_(grads, (1 - decays) * self._masked(frozenset(given), flat))
         f = propose(flat, grads, momenta, int(self._count), self.functional, mark=mark)
-        fs, ms = self.spec.state_dict(f[0]), self.spec.state_dict(momenta[own, 0])
         for group, some in zip(self.param_groups, moving, strict=True):
             if some:
-                listed = [[tensors[name] for name in some] for tensors in (self._params, ms, fs)]
-                moves = torch._foreach_add(listed[1], listed[2], alpha=float(group["beta"]))
-                torch._foreach_add_(listed[0], moves, alpha=-float(group["lr"]))
+                move = torch.add(momenta[own, 0], f[0], alpha=float(group["beta"]))
+                moves = self.spec.state_dict(move)
+                listed = [[tensors[name] for name in some] for tensors in (self._params, moves)]
+                torch._foreach_add_(*listed, alpha=-float(group["lr"]))
         self._count += 1
 
     def _flatten(self, given: Mapping[str, Tensor]) -> Tensor:

@@ -11,7 +11,9 @@ from torch import Tensor
 from weightops.ops.equivariant import _linear
 
 
-def features(flat: Tensor, grads: Tensor, momenta: Tensor, sizes: Sequence[int], eps: float) -> Tensor:
+def features(
+    flat: Tensor, grads: Tensor, momenta: Tensor, sizes: Sequence[int], eps: float
+) -> Tensor:
     """Weights, gradients and momenta, each over its root mean square in the tensor.
 
     Args:
