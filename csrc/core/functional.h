@@ -23,6 +23,11 @@ struct Task {
   const T *flat, *grads, *momentum, *shared, *theta;
   int64_t flat_stride, grads_stride, momentum_strides[2], shared_stride, theta_stride;
   T* out;
+  // What is to become of the momenta first, if `moving` is not null, as of `momentum`: of each of
+  // so many rows a share of what it is away from the gradient.
+  T* moving = nullptr;
+  const T* shares = nullptr;  // [rows, networks], or strides of 0
+  int64_t moving_rows = 0, share_strides[2] = {0, 0};
 
   int64_t numel() const { return segments.back(); }
   int64_t channels() const { return 2 + momenta; }
@@ -70,6 +75,7 @@ struct Kernel {
   using Pooling = equivariant::Pool<T, Bytes>;
   using Step = equivariant::Step;
   static constexpr int lanes = Arithmetic::lanes;
+  static constexpr int64_t kMoved = 512;
 
   // The last segment that begins at `position` or before: empty ones are over then.
   static WEIGHTOPS_INLINE int64_t segment_at(const Task<T>& task, int64_t position) {
@@ -93,6 +99,19 @@ struct Kernel {
     return total;
   }
 
+  // Moves momenta by their share towards the gradient, as torch.lerp does.
+  static WEIGHTOPS_INLINE void move(T* momenta, const T* grads, T share, int64_t count) {
+    const bool near = share < T(0.5);
+    const T factor = near ? share : share - T(1);
+    const T* from = near ? momenta : grads;
+    int64_t i = 0;
+    for (; i + lanes <= count; i += lanes) {
+      const Vector m = Arithmetic::load(momenta + i), g = Arithmetic::load(grads + i);
+      Arithmetic::store(momenta + i, Arithmetic::load(from + i) + (g - m) * factor);
+    }
+    for (; i < count; ++i) momenta[i] = from[i] + (grads[i] - momenta[i]) * factor;
+  }
+
   // Sums of squares of a part's share of every segment, [segments, channels].
   static WEIGHTOPS_INLINE void square(const Task<T>& task, int64_t network, int64_t part,
                                       State<T>& state) {
@@ -101,9 +120,15 @@ struct Kernel {
     double* to = state.squares.get(0) + part * size;
     std::fill_n(to, size, 0.0);
     for (int64_t at = task.readout.begin(part, task.parts); at < end;) {
-      const int64_t s = segment_at(task, at), stop = std::min(end, task.segments[s + 1]);
+      const int64_t s = segment_at(task, at), past = std::min(end, task.segments[s + 1]);
+      // What was moved is in the first-level cache.
+      const int64_t stop = task.moving ? std::min(past, at + kMoved) : past;
+      for (int64_t r = 0; task.moving && r < task.moving_rows; ++r)
+        move(task.moving + r * task.momentum_strides[0] + network * task.momentum_strides[1] + at,
+             task.channel(network, 1) + at,
+             task.shares[r * task.share_strides[0] + network * task.share_strides[1]], stop - at);
       for (int64_t c = 0; c < channels; ++c)
-        to[s * channels + c] = squares(task.channel(network, c) + at, stop - at);
+        to[s * channels + c] += squares(task.channel(network, c) + at, stop - at);
       at = stop;
     }
   }

@@ -1,4 +1,4 @@
-// functional for the CPU dispatch key.
+// functional and functional_update for the CPU dispatch key.
 #include "../core/functional_run.h"
 
 #include "common.h"
@@ -54,83 +54,135 @@ void run(const Task<T>& task) {
     functional::run(task, network, state<T>(), team);
 }
 
+// Functionals of networks; if `shares` is given, momenta are moved first, in place.
+struct Arguments {
+  const Tensor &flat, &grads, &momenta, &shared, &theta;
+  const std::vector<int64_t>&sizes, &widths, &code;
+  double eps;
+  const Tensor* shares;
+};
+
+std::vector<int64_t> segments_of(const Arguments& given) {
+  std::vector<int64_t> segments{0};
+  for (int64_t size : given.sizes) {
+    STD_TORCH_CHECK(size >= 0, "functional: a negative size");
+    segments.push_back(segments.back() + size);
+  }
+  STD_TORCH_CHECK(segments.back() == given.flat.size(1),
+                  "functional: the sizes do not sum to all weights");
+  return segments;
+}
+
+// How many momenta are channels.
+int64_t check(const Arguments& given, const functional::Readout& readout) {
+  const Tensor &flat = given.flat, &momenta = given.momenta;
+  const std::vector<int64_t>& widths = given.widths;
+  const int64_t networks = flat.size(0), numel = flat.size(1);
+  STD_TORCH_CHECK(given.grads.size(0) == networks && given.grads.size(1) == numel &&
+                      momenta.size(1) == networks && momenta.size(2) == numel,
+                  "functional: networks, gradients and momenta differ in shape");
+  const auto per_network = [&](int64_t rows) { return rows == 1 || rows == networks; };
+  STD_TORCH_CHECK(per_network(given.shared.size(0)) && per_network(given.theta.size(0)),
+                  "functional: shared and theta have a row, or one for each network");
+  const int64_t used = widths.empty() ? -1 : widths[0] - 2 - given.shared.size(1);
+  STD_TORCH_CHECK(widths.size() > 2 && widths.back() == 1 && used >= 0 &&
+                      (given.shares ? used <= momenta.size(0) : used == momenta.size(0)) &&
+                      *std::min_element(widths.begin(), widths.end()) > 0,
+                  "functional: the widths do not fit");
+  for (const Tensor* each : {&given.grads, &momenta, &given.shared, &given.theta})
+    STD_TORCH_CHECK(each->scalar_type() == flat.scalar_type(), "functional: dtypes differ");
+  STD_TORCH_CHECK(readout.plan.sides[0].numel == numel, "functional: the plan is of ",
+                  readout.plan.sides[0].numel, " weights, not ", numel);
+  int64_t length = readout.plan.sides[1].tensors.size();
+  for (size_t l = 0; l + 1 < widths.size(); ++l) {
+    const bool last = l + 2 == widths.size();
+    length += widths[l] * widths[l + 1] * (last ? readout.plan.terms : 1);
+    length += last ? 0 : widths[l + 1];
+  }
+  STD_TORCH_CHECK(given.theta.size(1) == length, "functional: theta must have ", length,
+                  " numbers");
+  if (given.shares)
+    STD_TORCH_CHECK(given.shares->dim() == 2 && given.shares->size(0) == momenta.size(0) &&
+                        per_network(given.shares->size(1)) &&
+                        given.shares->scalar_type() == flat.scalar_type(),
+                    "functional: shares must be [R, 1 or N]");
+  return used;
+}
+
 template <class T>
-void in_type(const functional::Readout& readout, const Tensor& flat, const Tensor& grads,
-             const Tensor& momenta, const Tensor& shared, const Tensor& theta,
-             std::vector<int64_t> segments, const std::vector<int64_t>& widths, double eps,
-             Tensor& out) {
-  const int64_t networks = flat.size(0);
-  run<T>({readout,
-          std::move(segments),
-          widths,
-          networks,
-          momenta.size(0),
-          shared.size(1),
-          parts_of(networks, flat.size(1)),
-          eps,
-          flat.const_data_ptr<T>(),
-          grads.const_data_ptr<T>(),
-          momenta.const_data_ptr<T>(),
-          shared.const_data_ptr<T>(),
-          theta.const_data_ptr<T>(),
-          row_stride(flat),
-          row_stride(grads),
-          {momenta.stride(0), momenta.stride(1)},
-          row_stride(shared),
-          row_stride(theta),
-          out.mutable_data_ptr<T>()});
+void in_type(const Arguments& given, const functional::Readout& readout,
+             std::vector<int64_t> segments, int64_t used, Tensor& out) {
+  const int64_t networks = given.flat.size(0);
+  const Tensor flat = with_contiguous_rows(given.flat), grads = with_contiguous_rows(given.grads),
+               shared = with_contiguous_rows(given.shared),
+               theta = with_contiguous_rows(given.theta);
+  const Tensor& momenta = given.momenta;
+  Task<T> task{readout,
+               std::move(segments),
+               given.widths,
+               networks,
+               used,
+               shared.size(1),
+               parts_of(networks, flat.size(1)),
+               given.eps,
+               flat.const_data_ptr<T>(),
+               grads.const_data_ptr<T>(),
+               momenta.const_data_ptr<T>(),
+               shared.const_data_ptr<T>(),
+               theta.const_data_ptr<T>(),
+               row_stride(flat),
+               row_stride(grads),
+               {momenta.stride(0), momenta.stride(1)},
+               row_stride(shared),
+               row_stride(theta),
+               out.mutable_data_ptr<T>()};
+  if (const Tensor* shares = given.shares) {
+    task.moving = momenta.mutable_data_ptr<T>();
+    task.moving_rows = momenta.size(0);
+    task.shares = shares->const_data_ptr<T>();
+    task.share_strides[0] = shares->stride(0);
+    task.share_strides[1] = shares->size(1) < 2 ? 0 : shares->stride(1);
+  }
+  run<T>(task);
+}
+
+Tensor forward(const Arguments& given) {
+  STD_TORCH_CHECK(given.flat.dim() == 2 && given.grads.dim() == 2 && given.momenta.dim() == 3 &&
+                      given.shared.dim() == 2 && given.theta.dim() == 2,
+                  "functional: wrong number of axes");
+  const auto readout = functional::readout(given.code);
+  const int64_t used = check(given, *readout);
+  std::vector<int64_t> segments = segments_of(given);
+  Tensor out = torch::stable::new_empty(given.flat, {given.flat.size(0), given.flat.size(1)});
+  if (out.numel() == 0) return out;
+  switch (given.flat.scalar_type()) {
+    case ScalarType::Float: in_type<float>(given, *readout, std::move(segments), used, out); break;
+    case ScalarType::Double:
+      in_type<double>(given, *readout, std::move(segments), used, out);
+      break;
+    default: STD_TORCH_CHECK(false, "functional: unsupported dtype");
+  }
+  return out;
+}
+
+bool contiguous_rows(const Tensor& momenta) {
+  return momenta.dim() == 3 && (momenta.size(2) < 2 || momenta.stride(2) == 1);
 }
 
 Tensor functional_forward(const Tensor& flat, const Tensor& grads, const Tensor& momenta,
                           const Tensor& shared, const Tensor& theta,
                           const std::vector<int64_t>& sizes, const std::vector<int64_t>& widths,
                           const std::vector<int64_t>& code, double eps) {
-  STD_TORCH_CHECK(flat.dim() == 2 && grads.dim() == 2 && momenta.dim() == 3 && shared.dim() == 2 &&
-                      theta.dim() == 2,
-                  "functional: wrong number of axes");
-  const int64_t networks = flat.size(0), numel = flat.size(1);
-  STD_TORCH_CHECK(grads.size(0) == networks && grads.size(1) == numel &&
-                      momenta.size(1) == networks && momenta.size(2) == numel,
-                  "functional: networks, gradients and momenta differ in shape");
-  const auto per_network = [&](int64_t rows) { return rows == 1 || rows == networks; };
-  STD_TORCH_CHECK(per_network(shared.size(0)) && per_network(theta.size(0)),
-                  "functional: shared and theta have a row, or one for each network");
-  STD_TORCH_CHECK(widths.size() > 2 && widths.back() == 1 &&
-                      widths[0] == 2 + momenta.size(0) + shared.size(1) &&
-                      *std::min_element(widths.begin(), widths.end()) > 0,
-                  "functional: the widths do not fit");
-  for (const Tensor* each : {&grads, &momenta, &shared, &theta})
-    STD_TORCH_CHECK(each->scalar_type() == flat.scalar_type(), "functional: dtypes differ");
-  const auto readout = functional::readout(code);
-  STD_TORCH_CHECK(readout->plan.sides[0].numel == numel, "functional: the plan is of ",
-                  readout->plan.sides[0].numel, " weights, not ", numel);
-  std::vector<int64_t> segments{0};
-  for (int64_t size : sizes) {
-    STD_TORCH_CHECK(size >= 0, "functional: a negative size");
-    segments.push_back(segments.back() + size);
-  }
-  STD_TORCH_CHECK(segments.back() == numel, "functional: the sizes do not sum to all weights");
-  const int64_t terms = readout->plan.terms, biases = readout->plan.sides[1].tensors.size();
-  int64_t length = biases;
-  for (size_t l = 0; l + 1 < widths.size(); ++l) {
-    const bool last = l + 2 == widths.size();
-    length += widths[l] * widths[l + 1] * (last ? terms : 1) + (last ? 0 : widths[l + 1]);
-  }
-  STD_TORCH_CHECK(theta.size(1) == length, "functional: theta must have ", length, " numbers");
-  Tensor out = torch::stable::new_empty(flat, {networks, numel});
-  if (out.numel() == 0) return out;
-  const Tensor moments =
-      numel < 2 || momenta.stride(2) == 1 ? momenta : torch::stable::contiguous(momenta);
-  const auto run = [&](auto in) {
-    in(*readout, with_contiguous_rows(flat), with_contiguous_rows(grads), moments,
-       with_contiguous_rows(shared), with_contiguous_rows(theta), segments, widths, eps, out);
-  };
-  switch (flat.scalar_type()) {
-    case ScalarType::Float: run(in_type<float>); break;
-    case ScalarType::Double: run(in_type<double>); break;
-    default: STD_TORCH_CHECK(false, "functional: unsupported dtype");
-  }
-  return out;
+  const Tensor rows = contiguous_rows(momenta) ? momenta : torch::stable::contiguous(momenta);
+  return forward({flat, grads, rows, shared, theta, sizes, widths, code, eps, nullptr});
+}
+
+Tensor functional_update(const Tensor& momenta, const Tensor& flat, const Tensor& grads,
+                         const Tensor& shares, const Tensor& shared, const Tensor& theta,
+                         const std::vector<int64_t>& sizes, const std::vector<int64_t>& widths,
+                         const std::vector<int64_t>& code, double eps) {
+  STD_TORCH_CHECK(contiguous_rows(momenta), "functional: momenta must have contiguous rows");
+  return forward({flat, grads, momenta, shared, theta, sizes, widths, code, eps, &shares});
 }
 
 }  // namespace
@@ -138,4 +190,5 @@ Tensor functional_forward(const Tensor& flat, const Tensor& grads, const Tensor&
 
 STABLE_TORCH_LIBRARY_IMPL(weightops, CPU, m) {
   m.impl("functional", TORCH_BOX(&weightops::functional_forward));
+  m.impl("functional_update", TORCH_BOX(&weightops::functional_update));
 }

@@ -15,7 +15,7 @@ from weightops import _check, _op
 from weightops.learned._features import DECAYS, FEATURES, TIMES, time_features
 from weightops.learned.functional import Functional
 from weightops.ops.equivariant.plan import code_of
-from weightops.ops.functional import features
+from weightops.ops.functional import features, functional_update
 from weightops.ops.functional import functional as in_one_call
 
 Number = float | Tensor
@@ -59,11 +59,13 @@ def start(flat: Tensor, momentum: Number = 0.9) -> State:
 
 def propose(
     flat: Tensor, grads: Tensor, momenta: Tensor, step: int | Tensor, functional: Functional,
-    theta: Tensor | None = None, *, mark: Callable[[], None] = lambda: None,
+    theta: Tensor | None = None, *, shares: Tensor | None = None,
+    mark: Callable[[], None] = lambda: None,
 ) -> Tensor:  # fmt: skip
     """f ``[N, P]`` in ``flat``'s dtype, of momenta that have the gradient in them already.
 
-    ``mark`` is called before and after f, features with it.
+    If they have not, ``shares`` ``[R, 1 or N]`` are what it is given in each of them, in place. ``mark`` is called before
+    and after f, features with it.
     """
     own = functional.flatten() if theta is None else theta
     time = time_features(step, own)
@@ -71,12 +73,16 @@ def propose(
     tensors = flat, grads, momenta[: len(DECAYS)]
     mark()
     if _is_one_call(functional, theta, *tensors, own):
-        rows = (each if each.dim() > 1 else each[None] for each in (time, own))
+        rows = [each if each.dim() > 1 else each[None] for each in (time, own)]
         widths = [FEATURES + TIMES, *[functional.hidden] * (len(functional._plans) - 1), 1]
-        f = in_one_call(
-            *tensors, *rows, sizes, widths, code_of(functional._plans[-1]), functional.eps
-        )
+        rest = *rows, sizes, widths, code_of(functional._plans[-1]), functional.eps
+        if shares is None:
+            f = in_one_call(*tensors, *rest)
+        else:
+            f = functional_update(momenta, flat, grads, shares, *rest)
     else:
+        if shares is not None:
+            momenta.lerp_(grads, shares[..., None])
         x = features(*tensors, sizes, functional.eps).to(own.dtype)
         f = functional(x, time, theta).to(flat.dtype)
     mark()

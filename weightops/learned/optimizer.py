@@ -165,9 +165,13 @@ class LearnedOptimizer(Optimizer):
         flat = self.spec.flatten(self._model)
         decays, own = decays_of(self.momentum, flat)
         momenta = self._ready(flat, len(decays))
-        # What has no gradient keeps its momenta.
-        momenta.lerp_(grads, (1 - decays) * self._masked(frozenset(given), flat))
-        f = propose(flat, grads, momenta, int(self._count), self.functional, mark=mark)
+        shares: Tensor | None = 1 - decays[..., 0]
+        if len(given) < len(self._names):
+            # What has no gradient keeps its momenta.
+            momenta.lerp_(grads, (1 - decays) * self._masked(frozenset(given)))
+            shares = None
+        count, functional = int(self._count), self.functional
+        f = propose(flat, grads, momenta, count, functional, shares=shares, mark=mark)
         for group, some in zip(self.param_groups, moving, strict=True):
             if some:
                 move = torch.add(momenta[own, 0], f[0], alpha=float(group["beta"]))
@@ -184,10 +188,8 @@ class LearnedOptimizer(Optimizer):
             found[name] = given[name] if name in given else torch.zeros_like(like)
         return self.spec.flatten(found)
 
-    def _masked(self, moving: frozenset[str], flat: Tensor) -> Tensor:
-        """One where there is a gradient, else zero, ``[1, P]`` or a number."""
-        if len(moving) == len(self._names):
-            return flat.new_ones(())
+    def _masked(self, moving: frozenset[str]) -> Tensor:
+        """One where there is a gradient, else zero, ``[1, P]``."""
         if self._mask is None or self._mask[0] != moving:
             ones = {name: torch.ones_like(self._params[name]) for name in moving}
             self._mask = moving, self._flatten(ones)

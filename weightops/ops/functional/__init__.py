@@ -12,7 +12,7 @@ from weightops import _op
 from weightops.ops.functional import reference
 from weightops.ops.functional.reference import features
 
-__all__ = ["features", "functional"]
+__all__ = ["features", "functional", "functional_update"]
 
 
 def _of(others: Sequence) -> Callable[..., Tensor]:
@@ -41,4 +41,20 @@ functional: Callable = _op.define(
     vmap=_op.lane_by_lane(lambda: functional),
     backward=_backward,
     jvp=_jvp,
+)
+
+
+def _update_vmap(*_: Any) -> tuple:
+    raise RuntimeError("functional_update works in place and takes no batched tensors")
+
+
+#: likewise, of momenta that are first moved towards the gradients, in place
+functional_update: Callable = _op.define(
+    "functional_update(Tensor(a!) momenta, Tensor flat, Tensor grads, Tensor shares, Tensor shared,"
+    " Tensor theta, int[] sizes, int[] widths, int[] plan, float eps) -> Tensor",
+    reference=reference.update,
+    fake=lambda momenta, flat, *others: torch.empty_like(
+        flat, memory_format=torch.contiguous_format
+    ),
+    vmap=_update_vmap,
 )

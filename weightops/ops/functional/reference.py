@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,18 @@ def features(
 
 def _scale(piece: Tensor, eps: float) -> Tensor:
     return (piece.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+
+def update(
+    momenta: Tensor, flat: Tensor, grads: Tensor, shares: Tensor, shared: Tensor, *others: Any
+) -> Tensor:
+    """:func:`functional` of momenta ``[R, N, P]`` that are first moved, in place, by ``shares`` ``[R, 1 or N]``.
+
+    Those behind the ones that ``widths`` count are moved only.
+    """
+    used = others[2][0] - 2 - shared.shape[1]
+    momenta.lerp_(grads, shares[..., None])
+    return functional(flat, grads, momenta[:used], shared, *others)
 
 
 def functional(
