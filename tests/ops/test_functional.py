@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weightops import EquivariantPlan, WeightSpec, _load
 from weightops.ops.equivariant.plan import code_of
-from weightops.ops.functional import functional, reference
+from weightops.ops.functional import functional, functional_update, reference
 from weightops.testing import (
     LearnedFunctional,
     cnn_spec,
@@ -108,6 +108,36 @@ def test_results_are_the_same_to_the_bit_with_any_number_of_threads(networks: in
     assert found[0].equal(found[2])
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("more", [0, 2])
+@pytest.mark.parametrize(
+    ("name", "networks"), [("several parts", 1), ("labelled mlp", 9), ("an empty tensor", 2)]
+)
+def test_momenta_are_moved_before_they_are_read(
+    name: str, networks: int, more: int, own: bool
+) -> None:
+    flat, grads, momenta, *rest = arguments(SPECS[name], networks=networks)
+    extra = torch.randn(more, *flat.shape, dtype=D, generator=torch.Generator().manual_seed(1))
+    momenta = torch.cat([momenta, extra])
+    shares = torch.linspace(0, 1, len(momenta), dtype=D)[:, None]
+    shares = shares / torch.arange(1, networks + 1) if own else shares
+    moved, expected = momenta.clone(), momenta.clone()
+    found = functional_update(moved, flat, grads, shares, *rest)
+    proper = reference.update(expected, flat, grads, shares, *rest)
+    torch.testing.assert_close(moved, expected, rtol=1e-14, atol=1e-16)
+    torch.testing.assert_close(found, proper, rtol=1e-11, atol=1e-11)
+
+
+@kernel
+def test_momenta_that_cannot_be_moved_in_place_are_refused() -> None:
+    flat, grads, momenta, *rest = small()
+    turned = momenta.movedim(2, 0).contiguous().movedim(0, 2)
+    with pytest.raises(RuntimeError, match="momenta must have contiguous rows"):
+        functional_update(turned, flat, grads, torch.ones(1, 1, dtype=D), *rest)
+    with pytest.raises(RuntimeError, match=r"shares must be \[R, 1 or N\]"):
+        functional_update(momenta, flat, grads, torch.ones(2, 1, dtype=D), *rest)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e200])
 def test_what_is_not_finite_is_as_in_the_definition(value: float) -> None:
     given = arguments(SPECS["mlp"], networks=2)
@@ -158,7 +188,13 @@ def test_gradients_are_right_and_can_be_differentiated() -> None:
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(requires_grad: bool) -> None:
-    torch.library.opcheck(torch.ops.weightops.functional.default, small(requires_grad))
+    given = small(requires_grad)
+    torch.library.opcheck(torch.ops.weightops.functional.default, given)
+    if not requires_grad:
+        flat, grads, momenta, *rest = given
+        shares = torch.full((1, 1), 0.1, dtype=D)
+        update = torch.ops.weightops.functional_update.default
+        torch.library.opcheck(update, (momenta, flat, grads, shares, *rest))
 
 
 @kernel
