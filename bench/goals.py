@@ -131,6 +131,10 @@ AGAINST: dict[str, list[Against]] = {
     ],
     "token_pair_linear *": _peers(linear_loop=None, linear_batched=None, factored=None),
     "fourier_signal *": _peers(fft=None, rfft=None),
+    "learned step *": [
+        Against("against AdamW with forward and backward", ("adamw-step",), most=4.0)
+    ],
+    "learned meta-training *": _peers(loop=10.0),
     "tokens pack resnet18*": [
         Against("against copying the tokens", ("clone",), most=2.0),
         *_peers(layer_by_layer=10.0, sane_style=10.0),

@@ -27,10 +27,10 @@ from goals import (
 
 FLOORS = ("copy_", "clone")
 # What stands beside a problem without solving it, or solves it at another precision.
-NO_PEERS = ("weightops*", "medium-*", "read*", "write", "F.linear", *FLOORS)
+NO_PEERS = ("weightops*", "medium-*", "adamw-step", "read*", "write", "F.linear", *FLOORS)
 # The first words of groups whose floor is counted: their bytes and FLOPs at this machine's rates.
 COUNTED = (
-    *("circles", "fourier_signal", "manifold", "match"),
+    *("circles", "fourier_signal", "functional", "learned", "manifold", "match"),
     *("population", "token_pair_linear", "universe"),
 )
 # The first word of a group -> the table it stands in.
@@ -40,6 +40,7 @@ HEADINGS = {
     **dict.fromkeys(("match", "universe", "barrier", "trace", "verify"), "Alignment"),
     **dict.fromkeys(("population", "tokens"), "Populations"),
     **dict.fromkeys(("circles", "token_pair_linear", "fourier_signal"), "Circles"),
+    **dict.fromkeys(("functional", "learned"), "Learned optimizers"),
 }
 
 
@@ -120,6 +121,8 @@ def _rows(name: str, members: dict[str, dict]) -> list[Row]:
             rows.append(
                 _faster(f"{name}, {other.what}", mine, members, peer, other.goal, other.met)
             )
+    if (part := ours["extra_info"].get("functional_ms")) is not None:
+        rows.append(Row(f"{name}, the functional in it", part, None))
     for variant, what in (
         ("weightops-streamed-copy", "nothing permuted"),
         ("weightops-products", "torch.mm of its types and a read alone"),

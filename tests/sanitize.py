@@ -16,7 +16,15 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"
 NATIVE_TESTS = [
     *(
         f"tests/ops/test_{name}.py"
-        for name in ("assign", "equivariant", "fourier", "manifold", "match", "permute")
+        for name in (
+            "assign",
+            "equivariant",
+            "fourier",
+            "functional",
+            "manifold",
+            "match",
+            "permute",
+        )
     ),
     *(f"tests/population/test_{name}.py" for name in ("forward", "pairs", "training")),
     "tests/circles/test_training.py",

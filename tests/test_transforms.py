@@ -17,7 +17,10 @@ from weightops.ops import manifold as manifold_op
 from weightops.ops import permute as permute_op
 from weightops.ops import population as population_op
 from weightops.ops import token_pair
+from weightops.ops.equivariant.plan import code_of
 from weightops.ops.equivariant.reference import per_term
+from weightops.ops.functional import functional
+from weightops.ops.functional import reference as functional_reference
 from weightops.ops.permute import reference
 from weightops.ops.permute.plan import plan
 from weightops.ops.population import training, training_reference
@@ -163,6 +166,19 @@ def pairs_of_everything(layer: Callable[..., Tensor], values: Tensor) -> Tensor:
         weight,
         values[:, 1:4, 0].cos(),
     )
+
+
+FUNCTIONAL_THETA = torch.randn(
+    2, 6 * 3 + 3 * PLAN.num_terms + 3 + PLAN.num_biases, generator=GENERATOR, dtype=torch.float64
+)
+
+
+def functional_of_everything(f: Callable[..., Tensor], values: Tensor) -> Tensor:
+    """``f`` of networks, gradients, momenta, what is shared and theta that all hang on ``values`` [2, P, 2]."""
+    flat, grads = values.unbind(-1)
+    momenta = torch.stack([(flat + grads).sin(), flat.cos()])
+    theta = FUNCTIONAL_THETA * grads.sum(1, keepdim=True)
+    return f(flat, grads, momenta, flat[:, :2].sin(), theta, [4, 2], [6, 3, 1], code_of(PLAN), 1e-5)
 
 
 class Case(NamedTuple):
@@ -380,6 +396,12 @@ CASES = {
         ),
         EMBEDDING,
         "fourier_signal",
+    ),
+    "functional": Case(
+        partial(functional_of_everything, functional),
+        partial(functional_of_everything, functional_reference.functional),
+        FEATURES,
+        "functional",
     ),
     "population": Case(
         lambda x: population_op.population_logits(x, INPUTS, PROGRAM, True),

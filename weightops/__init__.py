@@ -8,6 +8,7 @@ from weightops._version import __version__
 from weightops.ops.assign import assign
 from weightops.ops.equivariant import EquivariantPlan, equivariant_linear
 from weightops.ops.fourier import fourier_signal, fourier_transform
+from weightops.ops.functional import functional as _functional  # noqa: F401  (likewise)
 from weightops.ops.manifold import (
     manifold_conv1d,
     manifold_conv2d,

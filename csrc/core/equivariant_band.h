@@ -14,6 +14,13 @@ struct Banding {
 
   explicit Banding(const Plan& plan);
 
+  // Nothing is held for a band only.
+  void clear() {
+    for (auto& flags : nodes) flags.assign(flags.size(), 0);
+    tensors.clear();
+    group_of_type.assign(group_of_type.size(), -1);
+  }
+
  private:
   // Smaller tensors are in the cache anyway, smaller nodes are not worth tiles of their own.
   static constexpr int64_t kWeights = 2048, kShare = 16;

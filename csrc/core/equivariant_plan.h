@@ -21,6 +21,7 @@ inline int64_t product(const Sizes& sizes) {
 struct Node {
   int64_t tensor, parent, dropped;
   bool whole = false;    // the tensor itself
+  bool copied = false;   // without a parent, but read from a copy at `slot`
   Sizes dim_of_axis;     // without a parent: which dimension each axis of the tensor runs along
   Sizes sizes, strides;  // strides in positions: of the tensor, or dense
   int64_t numel = 1;

@@ -37,8 +37,9 @@ struct Pool {
 
   static WEIGHTOPS_INLINE View view(const Features<T>& from, int64_t number) {
     const Node& node = from.side->nodes[number];
-    View view{node.parent < 0 ? from.values + from.side->tensors[node.tensor].offset * from.channels
-                              : from.sums + node.slot * from.channels,
+    View view{node.parent < 0 && !node.copied
+                  ? from.values + from.side->tensors[node.tensor].offset * from.channels
+                  : from.sums + node.slot * from.channels,
               node.strides};
     for (int64_t& stride : view.strides) stride *= from.channels;
     return view;
@@ -155,6 +156,7 @@ struct Pool {
       }
       if (streamed && node.whole && (*streamed)[node.tensor]) {
         for (int64_t child : node.children) {
+          if (banded[child]) continue;
           T* sums = from.sums + nodes[child].slot * from.channels;
           for (int64_t i = 0; mean && i < nodes[child].numel * from.channels; ++i)
             sums[i] *= scale(node.sizes[nodes[child].dropped]);

@@ -88,7 +88,7 @@ struct Program {
   std::vector<char> streamed;  // tensors of the targets' side that are in steps that stream
 
   Program(const Plan& plan, int reads, int64_t channels_read, int64_t channels_written,
-          int64_t lanes);
+          int64_t lanes, bool bands = true);
 
  private:
   Step step(const Type& type, int64_t band, int64_t lanes);
@@ -105,7 +105,7 @@ inline Sizes turned(const Sizes& strides, const Sizes& dims, int64_t scale) {
 inline Source source(const Side& side, const std::vector<char>& banded, const Operand& operand,
                      const Layout& layout, int64_t channels) {
   const Node& node = side.nodes[operand.node];
-  const bool whole = node.parent < 0;
+  const bool whole = node.parent < 0 && !node.copied;
   const int64_t offset = whole ? side.tensors[node.tensor].offset : node.slot;
   Source source{whole,
                 place(layout, offset * channels, turned(node.strides, operand.dims, channels),
@@ -235,7 +235,7 @@ inline Taps taps(const Plan& plan, int reads, const Group& group,
 }  // namespace detail
 
 inline Program::Program(const Plan& plan, int reads, int64_t channels_read,
-                        int64_t channels_written, int64_t lanes)
+                        int64_t channels_written, int64_t lanes, bool bands)
     : plan(&plan),
       reads(reads),
       channels_read(channels_read),
@@ -244,7 +244,8 @@ inline Program::Program(const Plan& plan, int reads, int64_t channels_read,
       thin(lanes == 1),
       mean(plan.mean && reads == 0),
       share(plan.mean && reads == 1) {
-  const Banding banding(plan);
+  Banding banding(plan);
+  if (!bands) banding.clear();
   for (int side = 0; side < 2; ++side) banded[side] = banding.nodes[side];
   streamed.assign(plan.sides[1 - reads].tensors.size(), 0);
   for (const int64_t tensor : banding.tensors)

@@ -93,29 +93,41 @@ struct ThinLayer {
   using Span = typename Rows<T, Bytes>::Span;
   static constexpr int lanes = Arithmetic::lanes;
 
+  // to[m] += scale * numbers at a tile's positions.
+  static WEIGHTOPS_INLINE void add(const Place& place, const Span& span, const T* numbers, T scale,
+                                   T* to) {
+    const T* from = numbers + Rows<T, Bytes>::at(place, span.at);
+    if (place.table.empty() && place.stride == 1)
+      for (int64_t m = 0; m < span.size(); ++m) to[m] += from[span.begin + m] * scale;
+    else
+      for (int64_t m = 0; m < span.size(); ++m) to[m] += from[place.along(span.begin + m)] * scale;
+  }
+
+  // What a tile's dot products are added to.
+  static WEIGHTOPS_INLINE void begin(const Target& target, const Span& span, const T* bias,
+                                     const T* broadcast, T* start) {
+    T common = target.bias >= 0 && bias ? bias[target.bias] : T(0);
+    for (const Addend& each : target.addends)
+      if (!each.place.moves())
+        common += broadcast[Rows<T, Bytes>::at(each.place, span.at)] * T(each.scale);
+    std::fill_n(start, span.size(), common);
+    for (const Addend& each : target.addends)
+      if (each.place.moves()) add(each.place, span, broadcast, each.scale, start);
+    if (!target.diagonal_begin.empty())
+      for (int64_t d = target.diagonal_begin[span.outer]; d < target.diagonal_begin[span.outer + 1];
+           ++d) {
+        const OnDiagonal& each = target.diagonal[d];
+        if (each.at >= span.begin && each.at < span.end)
+          start[each.at - span.begin] += broadcast[each.offset];
+      }
+  }
+
   static WEIGHTOPS_INLINE void run_tile(const Job<T>& job, const Step& step, const Span& span) {
     T* broadcast = job.broadcast;
     T start[kTile];
     for (const Column& column : step.columns) {
       const Target& target = step.targets[column.target];
-      T common = target.bias >= 0 && job.parameters.bias ? job.parameters.bias[target.bias] : T(0);
-      for (const Addend& each : target.addends)
-        if (!each.place.moves())
-          common += broadcast[Rows<T, Bytes>::at(each.place, span.at)] * T(each.scale);
-      std::fill_n(start, span.size(), common);
-      for (const Addend& each : target.addends) {
-        if (!each.place.moves()) continue;
-        const T *from = broadcast + Rows<T, Bytes>::at(each.place, span.at), scale = each.scale;
-        for (int64_t m = 0; m < span.size(); ++m)
-          start[m] += from[each.place.along(span.begin + m)] * scale;
-      }
-      if (!target.diagonal_begin.empty())
-        for (int64_t d = target.diagonal_begin[span.outer];
-             d < target.diagonal_begin[span.outer + 1]; ++d) {
-          const OnDiagonal& each = target.diagonal[d];
-          if (each.at >= span.begin && each.at < span.end)
-            start[each.at - span.begin] += broadcast[each.offset];
-        }
+      begin(target, span, job.parameters.bias, broadcast, start);
       T* to = (target.whole ? job.out : broadcast) + Rows<T, Bytes>::at(target.place, span.at);
       for (int64_t m = 0; m < span.size(); m += lanes) {
         const int64_t count = std::min<int64_t>(lanes, span.size() - m);

@@ -45,8 +45,20 @@ struct Tile : Simd<T, Bytes> {
 #endif
   }
 
-  // NaN is kept.
-  static WEIGHTOPS_INLINE Vector relu(const Vector& x) { return x < Vector{} ? Vector{} : x; }
+  // NaN is kept: of the instruction's operands it is the second that is taken then.
+  static WEIGHTOPS_INLINE Vector relu(const Vector& x) {
+#if WEIGHTOPS_X86
+    if constexpr (Bytes == 64) {
+      Vector larger;
+      if constexpr (sizeof(T) == 4)
+        asm("vmaxps %2, %1, %0" : "=v"(larger) : "v"(Vector{}), "v"(x));
+      else
+        asm("vmaxpd %2, %1, %0" : "=v"(larger) : "v"(Vector{}), "v"(x));
+      return larger;
+    }
+#endif
+    return x < Vector{} ? Vector{} : x;
+  }
 
   // to[0:length] (+)= scale * sum over `count` rows of from, `stride` elements apart.
   static WEIGHTOPS_INLINE void sum_rows(const T* from, int64_t stride, int64_t count,
@@ -116,7 +128,8 @@ struct Tile : Simd<T, Bytes> {
 
   // out[m] = frame's rows[m] + sum over factors of rows[m] @ block, for `height` rows and a vector
   // for each of `width` frames; the block of the second lies second[f] behind the first's.
-  template <int height, int width, bool streams>
+  // Rows are `pitch` apart.
+  template <int height, int width, bool streams, int pitch>
   static WEIGHTOPS_INLINE void multiply(const Factor* factors, int64_t count, const int64_t* second,
                                         int64_t row, int64_t ld, const Frame* frames) {
     Vector sum[height][width];
@@ -124,12 +137,17 @@ struct Tile : Simd<T, Bytes> {
     for (int v = 0; v < width; ++v) {
       const Frame& frame = frames[v];
       const T* from = frame.rows + row * frame.rows_stride;
+      if (frame.scale == 0) {
+#pragma GCC unroll 32
+        for (int m = 0; m < height; ++m) sum[m][v] = frame.common;
+        continue;
+      }
 #pragma GCC unroll 32
       for (int m = 0; m < height; ++m, from += frame.rows_stride)
         sum[m][v] = load(from) * frame.scale + frame.common;
     }
     for (int64_t f = 0; f < count; ++f) {
-      const T* rows = factors[f].rows + row * depth;
+      const T* rows = factors[f].rows + row * pitch;
       const T* block = factors[f].block;
       const int64_t other = width == 2 ? second[f] : 0;
       const int64_t ahead_stride = factors[f].ahead_stride;
@@ -143,7 +161,7 @@ struct Tile : Simd<T, Bytes> {
         if constexpr (width == 2) b[1] = load(block + other);
 #pragma GCC unroll 32
         for (int m = 0; m < height; ++m) {
-          const T a = rows[m * depth];
+          const T a = rows[m * pitch];
 #pragma GCC unroll 2
           for (int v = 0; v < width; ++v) sum[m][v] += b[v] * a;
         }
@@ -166,7 +184,7 @@ struct Tile : Simd<T, Bytes> {
 
   // Rows are covered by blocks of decreasing height; where it saves work the last one overlaps the
   // one before, and writes the same again.
-  template <int width, bool streams>
+  template <int width, bool streams, int pitch = depth>
   static WEIGHTOPS_INLINE void multiply_rows(int64_t rows, const Factor* factors, int64_t count,
                                              const int64_t* second, int64_t ld,
                                              const Frame* frames) {
@@ -175,7 +193,7 @@ struct Tile : Simd<T, Bytes> {
     const auto step = [&](auto height) __attribute__((always_inline)) {
       constexpr int h = decltype(height)::value;
       const int64_t at = std::min(row, rows - h);
-      multiply<h, width, streams>(factors, count, second, at, ld, frames);
+      multiply<h, width, streams, pitch>(factors, count, second, at, ld, frames);
       row = at + h;
     };
     while (row < rows) {

@@ -72,10 +72,16 @@ struct Loss {
       }
       for (int64_t i = 0; i < here; ++i) grads[classes[indices[i]] * width + i] -= share;
     });
+    // One logarithm of what some make together: each total is between 1 and the number of outputs.
     double loss = 0;
-    for (int64_t i = 0; i < here; ++i)
-      loss +=
-          double(tops[i] - logits[classes[indices[i]] * width + i]) + double(std::log(totals[i]));
+    for (int64_t begin = 0; begin < here; begin += lanes) {
+      double product = 1;
+      for (int64_t i = begin; i < std::min(here, begin + lanes); ++i) {
+        product *= double(totals[i]);
+        loss += double(tops[i] - logits[classes[indices[i]] * width + i]);
+      }
+      loss += std::log(product);
+    }
     return loss / double(count);
   }
 };

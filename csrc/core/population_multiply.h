@@ -135,12 +135,11 @@ template <class Kernel, class Arithmetic, class Job, class F>
 void cover(int64_t rows, int64_t columns, F&& f) {
   using Limits = Tile<Arithmetic::bytes>;
   const Parts heights(rows, Limits::outputs);
-  for (int64_t i = 0; i < heights.count; ++i) {
-    const Parts widths(columns, Limits::columns(int(heights.length(i))));
-    for (int64_t j = 0; j < widths.count; ++j)
+  const Parts widths(columns, Limits::columns(int(heights.length(0))));
+  for (int64_t j = 0; j < widths.count; ++j)
+    for (int64_t i = 0; i < heights.count; ++i)
       f(tile_kernel<Kernel, Arithmetic, Job>(heights.length(i), widths.length(j)), heights.begin(i),
         widths.begin(j));
-  }
 }
 
 template <class Arithmetic, class Number = typename Arithmetic::Number>

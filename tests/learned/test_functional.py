@@ -14,6 +14,7 @@ import weightops
 from weightops import WeightSpec
 from weightops._checkpoints import CheckpointError, write_described
 from weightops.learned import Functional, LearnedOptimizer
+from weightops.learned._rule import propose
 from weightops.nn import EquivariantLinear
 from weightops.testing import cnn_spec, labelled_mlp_spec, mlp_spec, rnn_spec, transformer_spec
 
@@ -61,6 +62,27 @@ def test_it_is_layers_with_relu_between(kind: str, equivariant: int) -> None:
             layer.load_state_dict({"theta": weight, "bias": bias})
             y = layer(y)
     torch.testing.assert_close(functional(x, time), y[..., 0])
+
+
+@pytest.mark.parametrize("dtype", [D, torch.float32])
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("equivariant", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_gradients_and_without_it_is_the_same(
+    kind: str, equivariant: int, layers: int, dtype: torch.dtype
+) -> None:
+    functional = small(kind=kind, layers=layers, equivariant=min(layers, equivariant))
+    flat, grads, *momenta = torch.randn(
+        8, 2, SPEC.numel, dtype=dtype, generator=torch.Generator().manual_seed(0)
+    )
+    given = flat, grads, torch.stack(momenta), 3, functional
+    found = propose(*given)
+    assert found.requires_grad
+    assert found.dtype == dtype
+    with torch.no_grad():
+        torch.testing.assert_close(propose(*given), found.detach())
+        theta = functional.flatten().repeat(2, 1)
+        torch.testing.assert_close(propose(*given, theta), found.detach())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,7 +17,7 @@ class StepCost:
 
     Attributes:
         seconds: of the whole step, the median of several.
-        functional_seconds: of the functional in it, features left out.
+        functional_seconds: of the functional in it, with its features.
         flops: of the functional.
     """
 

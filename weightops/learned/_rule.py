@@ -5,14 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from weightops import _check
-from weightops.learned._features import DECAYS, features, time_features
+from weightops import _check, _op
+from weightops.learned._features import DECAYS, FEATURES, TIMES, time_features
 from weightops.learned.functional import Functional
+from weightops.ops.equivariant.plan import code_of
+from weightops.ops.functional import features, functional_update
+from weightops.ops.functional import functional as in_one_call
 
 Number = float | Tensor
 _MOST = sys.float_info.max
@@ -55,19 +59,50 @@ def start(flat: Tensor, momentum: Number = 0.9) -> State:
 
 def propose(
     flat: Tensor, grads: Tensor, momenta: Tensor, step: int | Tensor, functional: Functional,
-    theta: Tensor | None = None, *, mark: Callable[[], None] = lambda: None,
+    theta: Tensor | None = None, *, shares: Tensor | None = None,
+    mark: Callable[[], None] = lambda: None,
 ) -> Tensor:  # fmt: skip
     """f ``[N, P]`` in ``flat``'s dtype, of momenta that have the gradient in them already.
 
-    ``mark`` is called before and after f.
+    If they have not, ``shares`` ``[R, 1 or N]`` are what it is given in each of them, in place. ``mark`` is called before
+    and after f, features with it.
     """
-    like = functional.weights[0] if theta is None else theta
-    x = features(flat, grads, momenta, functional.spec, functional.eps).to(like.dtype)
-    time = time_features(step, like)
+    own = functional.flatten() if theta is None else theta
+    time = time_features(step, own)
+    sizes = [prod(shape) for shape in functional.spec.shapes.values()]
+    tensors = flat, grads, momenta[: len(DECAYS)]
     mark()
-    f = functional(x, time, theta)
+    if _is_one_call(functional, theta, *tensors, own):
+        rows = [each if each.dim() > 1 else each[None] for each in (time, own)]
+        widths = [FEATURES + TIMES, *[functional.hidden] * (len(functional._plans) - 1), 1]
+        rest = *rows, sizes, widths, code_of(functional._plans[-1]), functional.eps
+        if shares is None:
+            f = in_one_call(*tensors, *rest)
+        else:
+            f = functional_update(momenta, flat, grads, shares, *rest)
+    else:
+        if shares is not None:
+            momenta.lerp_(grads, shares[..., None])
+        x = features(*tensors, sizes, functional.eps).to(own.dtype)
+        f = functional(x, time, theta).to(flat.dtype)
     mark()
-    return f.to(flat.dtype)
+    return f
+
+
+def _is_one_call(functional: Functional, theta: Tensor | None, *tensors: Tensor) -> bool:
+    """Whether features and layers are one operation: not for gradients, for which features are kept.
+
+    On GPUs the layers have kernels of their own.
+    """
+    flat, own = tensors[0], tensors[-1]
+    layers = len(functional._plans)
+    fits = layers > 1 and (
+        functional.kind == "deep_sets" or (functional.kind == "unf" and functional.equivariant == 1)
+    )
+    leaves = (*tensors, *(functional.parameters() if theta is None else ()))
+    plain = not (torch.is_grad_enabled() and any(each.requires_grad for each in leaves))
+    here = flat.device.type == "cpu" and own.dtype == flat.dtype
+    return fits and plain and here and not _op._transforms_active()
 
 
 def step(
@@ -116,7 +151,7 @@ def step(
     decays, own = decays_of(momentum, flat)
     _check_state(where, state, [len(decays), *flat.shape])
     functional._check_theta(where, theta, len(flat))
-    finite = grads.detach().isfinite().all(1, keepdim=True)
+    finite = all_finite(grads.detach())
     sane = bool(finite.all())
     used = grads if sane else grads.where(finite, grads.new_zeros(()))
     momenta = used.lerp(state.momenta, decays)
@@ -126,6 +161,13 @@ def step(
         moved = moved.where(finite, flat)
         momenta = momenta.where(finite, state.momenta)
     return moved, State(momenta, state.step + 1)
+
+
+def all_finite(rows: Tensor) -> Tensor:
+    """Whether all numbers of each row are finite, ``[N, 1]``."""
+    # A sum is not finite where a number is not: one fast pass, and a slow one where sums overflow.
+    finite = rows.sum(1, keepdim=True).isfinite()
+    return finite if bool(finite.all()) else rows.isfinite().all(1, keepdim=True)
 
 
 def check_number(where: str, name: str, value: Any, flat: Tensor | None = None) -> None:

@@ -314,13 +314,6 @@ class Functional(nn.Module):
         return f"{len(self.spec.shapes)} tensors, {options}"
 
 
-def _times(time: Tensor, weight: Tensor) -> Tensor:
-    """``[11]`` or ``[N, 11]`` by ``[11, C]`` or ``[N, 11, C]``: ``[C]`` or ``[N, C]``."""
-    if weight.dim() == 2:
-        return time @ weight
-    return (time[..., None, :] @ weight)[..., 0, :]
-
-
 def _pointwise_plan(spec: WeightSpec) -> EquivariantPlan:
     """Of the maps that see one weight each, alike for all: of all weights as one vector, the identity."""
     cached = spec._cache.setdefault("pointwise", [])

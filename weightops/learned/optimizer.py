@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 from weightops import _check
 from weightops._checkpoints import CheckpointError
 from weightops.learned._cost import StepCost, measure
-from weightops.learned._rule import check_number, decays_of, propose
+from weightops.learned._rule import all_finite, check_number, decays_of, propose
 from weightops.learned.functional import Functional
 from weightops.nn._arguments import is_spec
 from weightops.spec import WeightSpec
@@ -56,6 +57,8 @@ class LearnedOptimizer(Optimizer):
 
     _momenta: Tensor | None
     _count: Tensor
+    _shares: Tensor  # what the gradient is given in each of the momenta, [R, 1]
+    _own: int  # which of them is m
     _mask: tuple[frozenset[str], Tensor] | None
 
     def __init__(
@@ -157,37 +160,56 @@ class LearnedOptimizer(Optimizer):
         for name, grad in given.items():
             _check.dense(WHERE, f"the gradient of {name}", grad)
         grads = self._flatten(given)
-        if not bool(grads.isfinite().all()):
+        if not bool(all_finite(grads)):
             if self.nonfinite == "raise":
                 raise ValueError(f"{WHERE}: {self._fault(grads[0])}, and the step was not made")
             self.skipped += 1
             return
-        flat = self.spec.flatten(self._model)
-        decays, own = decays_of(self.momentum, flat)
-        momenta = self._ready(flat, len(decays))
-        # What has no gradient keeps its momenta.
-        momenta.lerp_(grads, (1 - decays) * self._masked(frozenset(given), flat))
-        f = propose(flat, grads, momenta, int(self._count), self.functional, mark=mark)
-        fs, ms = self.spec.state_dict(f[0]), self.spec.state_dict(momenta[own, 0])
+        momenta = self._ready()
+        shares: Tensor | None = self._shares
+        if len(given) < len(self._names):
+            # What has no gradient keeps its momenta.
+            momenta.lerp_(grads, self._shares[..., None] * self._masked(frozenset(given)))
+            shares = None
+        flat = self._flatten({name: self._tensor(name) for name in self._names})
+        count, functional = int(self._count), self.functional
+        f = propose(flat, grads, momenta, count, functional, shares=shares, mark=mark)
         for group, some in zip(self.param_groups, moving, strict=True):
             if some:
-                listed = [[tensors[name] for name in some] for tensors in (self._params, ms, fs)]
-                moves = torch._foreach_add(listed[1], listed[2], alpha=float(group["beta"]))
-                torch._foreach_add_(listed[0], moves, alpha=-float(group["lr"]))
+                move = torch.add(momenta[self._own, 0], f[0], alpha=float(group["beta"]))
+                moves = self._views(move)
+                listed = [[tensors[name] for name in some] for tensors in (self._params, moves)]
+                torch._foreach_add_(*listed, alpha=-float(group["lr"]))
         self._count += 1
 
     def _flatten(self, given: Mapping[str, Tensor]) -> Tensor:
         """``[1, P]`` of the model's tensors by name; zero are those that are not given."""
-        found = {}
-        for name in self._names:
-            like = self._params[name] if name in self._params else self._model.get_buffer(name)
-            found[name] = given[name] if name in given else torch.zeros_like(like)
-        return self.spec.flatten(found)
+        found = {
+            name: given[name] if name in given else torch.zeros_like(self._tensor(name))
+            for name in self._names
+        }
+        if not self._is_whole():
+            return self.spec.flatten(found)
+        # Fewer checks than the spec's, which have been made.
+        return torch.cat([each.reshape(-1) for each in found.values()])[None]
 
-    def _masked(self, moving: frozenset[str], flat: Tensor) -> Tensor:
-        """One where there is a gradient, else zero, ``[1, P]`` or a number."""
-        if len(moving) == len(self._names):
-            return flat.new_ones(())
+    def _views(self, row: Tensor) -> dict[str, Tensor]:
+        """A row ``[P]`` as the model's tensors."""
+        if not self._is_whole():
+            return self.spec.state_dict(row)
+        shapes = self.spec.shapes
+        pieces = row.split([prod(shape) for shape in shapes.values()])
+        return {name: each.view(shapes[name]) for name, each in zip(shapes, pieces, strict=True)}
+
+    def _is_whole(self) -> bool:
+        """Whether the spec has no tensor by parts."""
+        return self._names == list(self.spec.shapes)
+
+    def _tensor(self, name: str) -> Tensor:
+        return self._params[name] if name in self._params else self._model.get_buffer(name)
+
+    def _masked(self, moving: frozenset[str]) -> Tensor:
+        """One where there is a gradient, else zero, ``[1, P]``."""
         if self._mask is None or self._mask[0] != moving:
             ones = {name: torch.ones_like(self._params[name]) for name in moving}
             self._mask = moving, self._flatten(ones)
@@ -201,9 +223,12 @@ class LearnedOptimizer(Optimizer):
                 return f"the gradient of {name}{at or ''} is {grad[tuple(at)].item()}"
         raise AssertionError
 
-    def _ready(self, flat: Tensor, rows: int) -> Tensor:
+    @torch.no_grad()
+    def _ready(self) -> Tensor:
         """The momenta ``[R, 1, P]``: those of ``state``, and zero where it has none."""
         if self._momenta is None:
+            decays, self._own = decays_of(self.momentum, self.spec.flatten(self._model))
+            rows, self._shares = len(decays), 1 - decays[..., 0]
             held = {
                 name: self.state[param]["momenta"]
                 for name, param in self._params.items()
@@ -225,11 +250,6 @@ class LearnedOptimizer(Optimizer):
             )
             self._publish()
         return self._momenta
-
-    @torch.no_grad()
-    def _prepare(self) -> Tensor:
-        flat = self.spec.flatten(self._model)
-        return self._ready(flat, len(decays_of(self.momentum, flat)[0]))
 
     def _publish(self) -> None:
         """Let ``state`` have the momenta: views, save of tensors that the spec has by parts."""
@@ -254,7 +274,7 @@ class LearnedOptimizer(Optimizer):
         """
         super().load_state_dict(state_dict)
         self._begin()
-        self._prepare()
+        self._ready()
 
     def measure(self, repeats: int = 10) -> StepCost:
         """How long a step takes with the present gradients, and the functional in it; nothing is changed.
@@ -265,7 +285,7 @@ class LearnedOptimizer(Optimizer):
         """
         _check.count(f"{WHERE}.measure", "repeats", repeats)
         device = self.functional.weights[0].device
-        changed = [*self._params.values(), self._prepare(), self._count]
+        changed = [*self._params.values(), self._ready(), self._count]
         skipped = self.skipped
         try:
             return measure(self._step, changed, device, repeats, self.functional.flops())

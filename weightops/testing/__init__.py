@@ -17,6 +17,7 @@ from weightops.testing.checks import (
     check_transform,
 )
 from weightops.testing.circles import FourierSignal, TokenPairs
+from weightops.testing.functional import LearnedFunctional
 from weightops.testing.manifold import REGIMES, ManifoldConv, ManifoldLinear, Synthesize
 from weightops.testing.problems import (
     PLAN_OPTIONS,
@@ -53,6 +54,7 @@ __all__ = [
     "Equivariant",
     "FourierSignal",
     "Function",
+    "LearnedFunctional",
     "ManifoldConv",
     "ManifoldLinear",
     "Networks",
