@@ -28,7 +28,11 @@ class Study:
 
 FULL = Study(experiment.Recipe())
 LONG = Study(experiment.Recipe(horizon=500, iterations=1000, further=1000, every=50), seeds=5)
-QUICK = Study(experiment.Recipe(networks=8, iterations=10, further=10, every=10, particles=4, chosen_by=4), (MLP,), 1)
+QUICK = Study(
+    experiment.Recipe(networks=8, iterations=10, further=10, every=10, particles=4, chosen_by=4),
+    (MLP,),
+    1,
+)
 
 
 def compare(study: Study, console: Console) -> report.Results:

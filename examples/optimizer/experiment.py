@@ -10,19 +10,20 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from optimizer.tasks import MLP, TASKS, Task, traced, wider
 from torch import Tensor
 
+from optimizer.tasks import MLP, TASKS, Task, traced, wider
 from weightops import EquivariantPlan
 from weightops.learned import Functional, MetaTraining, meta_train, start, step
 
 #: seeds of what is drawn to tune and choose by, and to report
 CHOICE, REPORT = 1, 2
-#: of meta-training: the shifts' deviation, and Adam's learning rate, smaller where a number of f has more inputs
-SIGMA, RATES = 0.003, {"unf": 1e-3, "deep_sets": 3e-3}
+#: Adam's learning rate and the shifts' deviation, smaller where f sums up more
+STRIDES = {"deep_sets": (3e-3, 3e-3), "unf": (3e-4, 1e-3)}
 #: hidden units of MLPs that are trained by what was learned on another one
 WIDTHS = (64, 128)
 KINDS = ("Deep Sets", "UNF")
+#: seeds of the further meta-training are so far from the first one's
 SECOND = 500
 
 #: ``(networks [N, P], gradients [N, P]) -> networks``, once a step
@@ -50,7 +51,8 @@ class Recipe:
 def train(task: Task, flat: Tensor, update: Update, recipe: Recipe, seed: int, n: int) -> Tensor:
     """Train networks ``[G * n, P]``: the losses of their mini-batches, ``[steps, G, n]``.
 
-    A loss is at most the task's worst, so that one network that diverges is not all of a mean. Those at equal places among n see the same rows, drawn as meta-training draws them.
+    Those at equal places among n see the same rows, drawn as meta-training draws them. A loss is at most
+    the task's worst, so that one network that diverges is not all of a mean.
     """
     generator = torch.Generator().manual_seed(seed)
     samples = len(task.data()[1])
@@ -123,9 +125,9 @@ def tuned(name: str, rule: str, recipe: Recipe, width: int | None = None) -> Res
 
 
 def learn(name: str, seed: int, first: list[float], recipe: Recipe) -> Results:
-    """Meta-train Deep Sets from tuned SGD, ``first``, and go on from there as Deep Sets and as UNF.
+    """Meta-train Deep Sets from tuned SGD, ``first``, and go on from there as Deep Sets and as UNF, equally long.
 
-    All are tried on networks that they have not seen.
+    So what differs are maps from one weight to another. Both train networks that they have not seen.
     """
     torch.set_num_threads(1)
     task = TASKS[name]
@@ -134,12 +136,17 @@ def learn(name: str, seed: int, first: list[float], recipe: Recipe) -> Results:
         functional = Functional(traced(task)[1], "deep_sets")
     with torch.no_grad():
         # Small beside the momentum.
-        functional.weights[-1].mul_(0.1)
-    numbers = {"alpha": first[0], "momentum": max(first[1], 0.1), "beta": 0.03}
+        functional.weights[-1].mul_(0.01)
+    # Near the largest rates that networks bear, losses tell little of small shifts.
+    numbers = {"alpha": first[0] / 2, "momentum": max(first[1], 0.1), "beta": 0.3}
     common = meta_trained(task, functional, numbers, recipe.iterations, recipe, seed)
     found = {}
     for kind in KINDS:
-        begun = common.best.functional if kind == "Deep Sets" else with_all_terms(common.best.functional)
+        begun = (
+            common.best.functional
+            if kind == "Deep Sets"
+            else with_all_terms(common.best.functional)
+        )
         numbers = {each: getattr(common.best, each) for each in numbers}
         again = meta_trained(task, begun, numbers, recipe.further, recipe, seed + SECOND)
         best = again.best
@@ -197,7 +204,8 @@ def meta_trained(
     options: Results = {
         **{"particles": recipe.particles, "truncation": recipe.truncation},
         **{"horizon": recipe.horizon, "batch_size": recipe.batch, "most": task.worst},
-        **{"lr": RATES[functional.kind], "sigma": SIGMA, "seed": seed, "progress": False},
+        **dict(zip(("lr", "sigma"), STRIDES[functional.kind], strict=True)),
+        **{"seed": seed, "progress": False},
         **numbers,
     }
     networks = task.networks(256, 1000 + seed)

@@ -65,8 +65,13 @@ def listed(numbers: Sequence[float] | np.ndarray) -> str:
 def wider(results: Results) -> Rows:
     rows = [["hidden units", *COLORS]]
     for width, rules in results["wider"].items():
-        (task,) = (each for each in results["tasks"].values() if "wider" in each["learned"][0]["UNF"])
-        kinds = ([s[kind]["wider"][width]["mean"] for s in task["learned"]] for kind in ("Deep Sets", "UNF"))
+        (task,) = (
+            each for each in results["tasks"].values() if "wider" in each["learned"][0]["UNF"]
+        )
+        kinds = (
+            [s[kind]["wider"][width]["mean"] for s in task["learned"]]
+            for kind in ("Deep Sets", "UNF")
+        )
         rows.append(
             [
                 width,
@@ -81,7 +86,9 @@ def tables(results: Results) -> Tables:
     """Title -> rows, the first of which has the columns' names."""
     recipe = results["recipe"]
     found = {
-        f"mean loss over {recipe['horizon']} steps, seeds: {recipe['seeds']}": losses(results, "mean"),
+        f"mean loss over {recipe['horizon']} steps, seeds: {recipe['seeds']}": losses(
+            results, "mean"
+        ),
         "mean loss over the last tenth of them": losses(results, "final"),
         "what was tuned and learned": settings(results),
     }
@@ -125,7 +132,9 @@ def draw_curves(axis: Any, name: str, task: Results) -> None:
         style = "--" if each in task["rules"] else "-"
         axis.plot(steps, curves.mean(0), style, color=color, linewidth=1.3, label=each)
         if len(curves) > 1:
-            axis.fill_between(steps, curves.min(0), curves.max(0), color=color, alpha=0.2, linewidth=0)
+            axis.fill_between(
+                steps, curves.min(0), curves.max(0), color=color, alpha=0.2, linewidth=0
+            )
     axis.set(title=f"{name}, {task['weights']:,} weights", xlabel="step", ylabel="training loss")
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:g}")

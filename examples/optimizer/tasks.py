@@ -81,7 +81,9 @@ class Transformer(nn.Module):
         self.attend = nn.ModuleDict(
             {name: nn.Linear(width, width) for name in ("query", "key", "value", "out")}
         )
-        self.feed = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
+        self.feed = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width)
+        )
         self.write = nn.Linear(width, KINDS)
 
     def forward(self, x: Tensor) -> Tensor:
