@@ -137,8 +137,12 @@ def draw_curves(axis: Any, name: str, task: Results) -> None:
             )
     axis.set(title=f"{name}, {task['weights']:,} weights", xlabel="step", ylabel="training loss")
     axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    wide = high > 3 * low
+    axis.set_yticks([0.1, 0.2, 0.5, 1, 2] if wide else np.arange(2, 4, 0.2), minor=False)
+    axis.set_yticks([], minor=True)
+    axis.set_ylim(low, high)
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
     axis.legend(frameon=False, fontsize=8)
 
 
