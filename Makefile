@@ -8,7 +8,7 @@ SOURCES = setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 # implementation under these settings.
 ALLOCATOR = THP_MEM_ALLOC_ENABLE=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=1073741824
 
-.PHONY: demo reproduce-manifold reproduce-connectivity reproduce-generation reproduce-circles reproduce-prediction reproduce-inr test slow bench wheel wheel-check sanitize gpu gpu-manifold lint format clean build
+.PHONY: demo reproduce-manifold reproduce-connectivity reproduce-generation reproduce-circles reproduce-prediction reproduce-inr reproduce-optimizer test slow bench wheel wheel-check sanitize gpu gpu-manifold lint format clean build
 
 build: $(VENV)/built
 
@@ -47,6 +47,9 @@ reproduce-inr: build
 
 reproduce-prediction: build
 	$(BIN)/python examples/reproduce_unf_zoo.py
+
+reproduce-optimizer: build
+	$(BIN)/python examples/reproduce_unf_optimizer.py
 
 test: build
 	$(BIN)/python -m pytest

@@ -12,6 +12,7 @@ import reproduce_connectivity
 import reproduce_d2nwg
 import reproduce_inr
 import reproduce_manifold
+import reproduce_unf_optimizer
 import reproduce_unf_zoo
 import reproduction
 import torch
@@ -20,9 +21,13 @@ from connectivity import report as connectivity
 from generation import report as generation
 from inr import report as inr
 from manifold import report
+from optimizer import experiment, tasks
+from optimizer import report as optimizer
 from prediction import report as prediction
 from prediction import zoo
 from rich.console import Console
+
+from weightops.learned import Functional
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -372,6 +377,75 @@ def test_claims_of_the_full_prediction_experiment() -> None:
     check_prediction(reproduce_unf_zoo.compare(reproduce_unf_zoo.FULL, Console(quiet=True)))
 
 
+def test_optimizers_are_tuned_and_learned(tmp_path: Path) -> None:
+    results = reproduce_unf_optimizer.compare(reproduce_unf_optimizer.QUICK, Console(quiet=True))
+    save("optimizer", results, optimizer, tmp_path)
+    assert (tmp_path / "optimizer.svg").stat().st_size > 10_000
+    assert json.loads((tmp_path / "optimizer.json").read_text()) == json.loads(json.dumps(results))
+    (task,) = results["tasks"].values()
+    for name in optimizer.COLORS:
+        assert optimizer.of(task, name, "final").max() < 0.5 * np.log(10)
+    for name, (_, grid) in experiment.RULES.items():
+        tried = np.array(task["rules"][name]["tried"])
+        at = grid[int(tried.argmin())]
+        assert min(rates := [each[0] for each in grid]) < at[0] < max(rates)
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_deep_sets_with_all_terms_is_the_same_functional(name: str) -> None:
+    _, spec = tasks.traced(tasks.TASKS[name])
+    functional = Functional(spec, "deep_sets")
+    x, time = torch.randn(2, spec.numel, 8), torch.randn(11)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            experiment.with_all_terms(functional)(x, time), functional(x, time)
+        )
+
+
+def test_rules_are_those_of_torch() -> None:
+    """SGD's rate is ``alpha (1 - momentum)``."""
+    first, grads = torch.randn(1, 5), torch.randn(4, 1, 5)
+    pairs: list[tuple[Any, Any]] = [
+        (
+            experiment.sgd(torch.tensor([[2.0]]), torch.tensor([[0.8]])),
+            lambda p: torch.optim.SGD([p], 0.4, momentum=0.8),
+        ),
+        (
+            experiment.adam(*(torch.tensor([[each]]) for each in (0.1, 0.8, 0.99))),
+            lambda p: torch.optim.Adam([p], 0.1, betas=(0.8, 0.99)),
+        ),
+    ]
+    for update, make in pairs:
+        flat, parameter = first, torch.nn.Parameter(first.clone())
+        reference = make(parameter)
+        for grad in grads:
+            flat = update(flat, grad)
+            parameter.grad = grad
+            reference.step()
+        torch.testing.assert_close(flat, parameter.detach())
+
+
+def check_optimizer(results: reproduction.Results) -> None:
+    found = results["tasks"]
+    assert list(found) == list(tasks.TASKS)
+    for name, part in (("MLP on digits", 0.85), ("CNN on digits", 0.95)):
+        sgd = optimizer.of(found[name], "SGD")[0]
+        for kind in experiment.KINDS:
+            losses = optimizer.of(found[name], kind)
+            assert len(losses) == 3
+            assert losses.mean() < part * sgd
+    for task in found.values():
+        for kind in experiment.KINDS:
+            assert optimizer.of(task, kind).mean() < optimizer.of(task, "SGD")[0]
+
+
+@pytest.mark.slow
+def test_claims_of_the_full_optimizer_experiment() -> None:
+    check_optimizer(
+        reproduce_unf_optimizer.compare(reproduce_unf_optimizer.FULL, Console(quiet=True))
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "tables", "check"),
     [
@@ -381,6 +455,7 @@ def test_claims_of_the_full_prediction_experiment() -> None:
         ("circles", circles.tables, check_circles),
         ("inr", inr.tables, check_inr),
         ("prediction", prediction.tables, check_prediction),
+        ("optimizer", optimizer.tables, check_optimizer),
     ],
 )
 def test_docs_tell_the_committed_run(name: str, tables: Callable, check: Callable) -> None:
