@@ -12,7 +12,7 @@ import bad_training
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -1111,6 +1111,8 @@ def test_junk_raises_nothing_but_value_and_type_errors(where: str, data: st.Data
     function, arguments = VALID[where]
     argument = data.draw(st.sampled_from(sorted(arguments)))
     junk = data.draw(COUNTS if argument in BOUNDED else JUNK)
+    # What is called is the caller's own, with its errors.
+    assume(not (argument == "loss" and callable(junk)))
     makes_a_spec = ("from_json", "from_git_rebasin")
     prefixes = (f"{where}: ", "WeightSpec: ") if where in makes_a_spec else f"{where}: "
     try:
