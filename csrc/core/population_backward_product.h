@@ -87,22 +87,16 @@ void backward_conv_weight(const Layer& layer, const Backward<Number>& job) {
             if (columns.length() <= 0) continue;
             c.height = bottom - y;
             c.width = columns.length();
-            const Number* left =
+            c.left =
                 job.grad +
                 (group * outputs * made.pixels() + y * made.width + columns.begin) * width + image;
-            const Number* right =
+            c.right =
                 job.from[0] +
                 (group * inputs * taken.pixels() + from_y * taken.width + columns.first) * width +
                 image;
-            Number* to =
+            c.to =
                 job.weight + (group * outputs * inputs * taps + ky * layer.kernel[1] + kx) * lanes;
-            cover<CorrelateTile, Arithmetic, Correlation<Number>>(
-                outputs, inputs, [&](auto kernel, int64_t m, int64_t n) {
-                  c.left = left + m * c.left_channel;
-                  c.right = right + n * c.right_channel;
-                  c.to = to + m * c.to_left + n * c.to_right;
-                  kernel(c);
-                });
+            correlate<Arithmetic>(c, outputs, inputs);
           }
         }
 }

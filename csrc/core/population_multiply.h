@@ -155,4 +155,16 @@ void multiply(const Product<Number>& product, int64_t rows, int64_t columns) {
       });
 }
 
+template <class Arithmetic, class Number = typename Arithmetic::Number>
+void correlate(const Correlation<Number>& correlation, int64_t lefts, int64_t rights) {
+  cover<CorrelateTile, Arithmetic, Correlation<Number>>(
+      lefts, rights, [&](auto kernel, int64_t m, int64_t n) {
+        Correlation<Number> tile = correlation;
+        tile.left += m * correlation.left_channel;
+        tile.right += n * correlation.right_channel;
+        tile.to += m * correlation.to_left + n * correlation.to_right;
+        kernel(tile);
+      });
+}
+
 }  // namespace weightops::population

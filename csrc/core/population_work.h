@@ -23,6 +23,9 @@ struct Work {
     bool keeps_slope;        // an activation: its slope takes the place of what it reads
     int64_t weight, bias;    // where sums of gradients lie
     int64_t product, packed, transposed;
+    // A linear layer's inputs: so many whole vectors of them, and those behind, whose gradients are
+    // sums of lanes.
+    int64_t columns, tail;
     bool packs_back;  // a linear layer whose input's gradient is a product of packed weights
   };
 
@@ -131,8 +134,14 @@ struct Work {
       step.product = products;
       step.packed = packed;
       if (linear) {
-        products += layer.made.channels * padded(layer.taken.numel());
-        widest = std::max(widest, padded(layer.taken.numel()));
+        const int64_t inputs = layer.taken.numel();
+        step.tail = inputs % lanes;
+        // A sum of lanes costs its multiply-adds and some four more, another vector one an image.
+        if (step.tail * (vectors + 4) > width) step.tail = 0;
+        step.columns = padded(inputs - step.tail) / lanes;
+        products += layer.made.channels * step.columns * lanes;
+        widest = std::max(widest, step.columns * lanes);
+        sums += layer.made.channels * step.tail * lanes;
         reads_rows |= layer.inputs[0] == 0;
       } else if (layer.kind == Kind::token_pair) {
         sums += packed_size(layer);

@@ -263,13 +263,15 @@ class Worker {
 
   // The gradient of a linear layer's weight: images in rows, so that features are in the lanes.
   void add_products(const Layer& layer, int64_t l) {
-    const int64_t inputs = layer.taken.numel(), stride = Work<Arithmetic>::padded(inputs);
-    const Number* rows = nullptr;
+    const auto& step = work_.steps[l];
+    const int64_t inputs = layer.taken.numel() - step.tail;
+    int64_t stride = step.columns * lanes;
+    const Number *from = value(layer.inputs[0]), *rows = nullptr;
     if (layer.inputs[0] == 0) {
       rows = input_rows();
+      stride = Work<Arithmetic>::padded(layer.taken.numel());
     } else {
       Number* made = rows_.get(0);
-      const Number* from = value(layer.inputs[0]);
       enter<Arithmetic::bytes>([&]() __attribute__((always_inline)) {
         for (int64_t f = 0; f < inputs; f += lanes)
           for (int64_t image = 0; image < width_; image += lanes) {
@@ -290,12 +292,24 @@ class Worker {
     product.left[1] = 1;
     product.b = rows;
     product.column = product.to_column = lanes;
-    product.right[1] = product.to_row = stride;
+    product.right[1] = stride;
     product.depth[0] = 1;
     product.depth[1] = here_;
-    product.to = products_.get(0) + work_.steps[l].product;
+    product.to = products_.get(0) + step.product;
+    product.to_row = step.columns * lanes;
     product.adds = true;
-    multiply<Arithmetic>(product, layer.made.channels, stride / lanes);
+    multiply<Arithmetic>(product, layer.made.channels, step.columns);
+    if (step.tail == 0) return;
+    Correlation<Number> sums{};
+    sums.left = grad(l + 1);
+    sums.right = from + inputs * width_;
+    sums.to = sums_.get(0) + step.weight;
+    sums.left_channel = sums.right_channel = width_;
+    sums.left_pixel = sums.right_pixel = sums.to_right = lanes;
+    sums.to_left = step.tail * lanes;
+    sums.height = 1;
+    sums.width = work_.vectors;
+    correlate<Arithmetic>(sums, layer.made.channels, step.tail);
   }
 
   // Sums of lanes become gradients of weights.
@@ -313,11 +327,14 @@ class Worker {
         if (layer.kind == Kind::token_pair) continue;
         if (layer.bias >= 0) total(sums + step.bias, layer.bias_size(), grads + layer.bias);
         if (layer.kind == Kind::linear) {
-          const int64_t inputs = layer.taken.numel(), stride = Work<Arithmetic>::padded(inputs);
-          const Number* from = products_.get(0) + step.product;
-          for (int64_t o = 0; o < layer.made.channels; ++o)
-            for (int64_t i = 0; i < inputs; ++i)
-              grads[layer.weight + o * inputs + i] += from[o * stride + i];
+          const int64_t inputs = layer.taken.numel(), whole = inputs - step.tail;
+          const Number *from = products_.get(0) + step.product, *tail = sums + step.weight;
+          Number* to = grads + layer.weight;
+          for (int64_t o = 0; o < layer.made.channels; ++o, from += step.columns * lanes) {
+            for (int64_t i = 0; i < whole; ++i) *to++ += from[i];
+            for (int64_t i = 0; i < step.tail; ++i, tail += lanes)
+              *to++ += Arithmetic::total(Arithmetic::load(tail));
+          }
         } else if (layer.weight >= 0) {
           total(sums + step.weight, layer.weight_size(), grads + layer.weight);
         }
