@@ -106,8 +106,7 @@ WEIGHTOPS_INLINE void forward_slope_of(int64_t count, Number* from, Number* out,
 
 // An activation whose slope takes the place of what it reads, so that nothing is computed twice.
 template <class Arithmetic, class Number = typename Arithmetic::Number>
-void forward_slope(const Layer& layer, Number* from, Number* out, int64_t width) {
-  const int64_t count = layer.taken.numel() * width;
+void forward_slope(const Layer& layer, Number* from, Number* out, int64_t count) {
   enter<Arithmetic::bytes>([&]() __attribute__((always_inline)) {
     using Vector = typename Arithmetic::Vector;
     const auto run = [&](auto&& activated) __attribute__((always_inline)) {

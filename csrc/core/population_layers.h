@@ -44,7 +44,8 @@ struct Strip {
   Number* to;
   int64_t taps[3], tap_strides[3];
   int64_t step, to_step, output_stride;
-  Number least;  // of what is written: 0 where ReLU follows
+  Number least;         // of what is written: 0 where ReLU follows
+  const Number* times;  // what is written is multiplied by this, which lies as `to` does; may be null
 };
 
 template <class Arithmetic, int outputs, int columns>
@@ -82,13 +83,22 @@ WEIGHTOPS_INLINE void run_strip(const Strip<typename Arithmetic::Number>& given,
         }
       }
     }
-    Number* to = strip.to + tile * columns * strip.to_step;
+    const int64_t begin = tile * columns * strip.to_step;
+    const auto each = [&](auto&& f) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-    for (int c = 0; c < outputs; ++c)
+      for (int c = 0; c < outputs; ++c)
 #pragma GCC unroll 8
-      for (int x = 0; x < columns; ++x)
-        Arithmetic::store(to + c * strip.output_stride + x * strip.to_step,
-                          elementary::larger<Arithmetic>(least, sum[c][x]));
+        for (int x = 0; x < columns; ++x)
+          f(sum[c][x], begin + c * strip.output_stride + x * strip.to_step);
+    };
+    if (strip.times)
+      each([&](const Vector& made, int64_t at) __attribute__((always_inline)) {
+        Arithmetic::store(strip.to + at, made * Arithmetic::load(strip.times + at));
+      });
+    else
+      each([&](const Vector& made, int64_t at) __attribute__((always_inline)) {
+        Arithmetic::store(strip.to + at, elementary::larger<Arithmetic>(least, made));
+      });
   }
 }
 
@@ -236,6 +246,14 @@ class Products {
 
   void run(const Number* row, const Number* packed, const Number* from, Number* out,
            Number* workspace, bool rectify) const {
+    run(row, packed, from, out, workspace, rectify, nullptr, [](int64_t, int64_t) {});
+  }
+
+  // What is made is multiplied by `times`, if that is not null; done(from, to) is told of channels
+  // that have just been made.
+  template <class F>
+  void run(const Number* row, const Number* packed, const Number* from, Number* out,
+           Number* workspace, bool rectify, const Number* times, F&& done) const {
     if (workspace_size(layer_, width_) > 0) {
       pad(layer_, from, width_, workspace);
       from = workspace;
@@ -255,13 +273,18 @@ class Products {
           for (int64_t other = 0; other < others_; ++other) {
             strip.from = from + group * strip.taps[0] * strip.tap_strides[0] + y * down_ +
                          other * other_step_;
-            strip.to = out + output * strip.output_stride + y * layer_.made.width * width_ +
-                       other * other_to_step_;
+            const int64_t at = output * strip.output_stride + y * layer_.made.width * width_ +
+                               other * other_to_step_;
+            const int64_t behind = tiles.larger * (tiles.size + 1);
+            strip.to = out + at;
+            strip.times = times ? times + at : nullptr;
             if (tiles.larger > 0) kernels[1](strip, tiles.larger);
-            strip.from += tiles.larger * (tiles.size + 1) * strip.step;
-            strip.to += tiles.larger * (tiles.size + 1) * strip.to_step;
+            strip.from += behind * strip.step;
+            strip.to += behind * strip.to_step;
+            if (times) strip.times += behind * strip.to_step;
             kernels[0](strip, tiles.count - tiles.larger);
           }
+        done(output, output + outputs);
         output += outputs;
         strip.weight += outputs * all_.taps;
       }

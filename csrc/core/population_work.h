@@ -27,6 +27,9 @@ struct Work {
     // sums of lanes.
     int64_t columns, tail;
     bool packs_back;  // a linear layer whose input's gradient is a product of packed weights
+    // The activation, if any, that is done with a product's outputs as they are made, and the one
+    // whose slope a linear layer multiplies its input's gradient by.
+    int64_t activation, sloped;
   };
 
   const Plan& plan;
@@ -161,12 +164,31 @@ struct Work {
     }
   }
 
+  // The products before and behind activation l do its part.
+  void share_activation(int64_t l, int64_t reader) {
+    const int64_t maker = plan.layers[l].inputs[0] - 1;
+    if (steps[maker].packs && multiplies(plan.layers[maker])) {
+      steps[maker].activation = l;
+      steps[l].skips = true;
+    }
+    if (reader >= 0 && steps[reader].packs_back) {
+      steps[reader].sloped = l;
+      steps[l].skips_back = true;
+    }
+  }
+
   void plan_backward() {
     const std::vector<int> readers = count_readers();
     std::vector<char> pooled(layers() + 1, 0), reached(layers() + 1, 0);
     for (const Layer& layer : plan.layers)
       if (layer.kind == Kind::max_pool && readers[layer.inputs[0]] == 1)
         pooled[layer.inputs[0]] = 1;
+    std::vector<int64_t> reader(layers() + 1, -1);  // of values that only one layer reads
+    for (int64_t l = 0; l < layers(); ++l) {
+      steps[l].activation = steps[l].sloped = -1;
+      for (const int64_t input : plan.layers[l].inputs)
+        if (input >= 0 && readers[input] == 1) reader[input] = l;
+    }
     reached[place[layers()]] = 1;
     for (int64_t l = layers() - 1; l >= 0; --l) {
       const Layer& layer = plan.layers[l];
@@ -185,6 +207,7 @@ struct Work {
         there = 1;
       }
       step.packs_back &= step.fresh[0];
+      if (step.keeps_slope) share_activation(l, reader[l + 1]);
       step.rectifies =
           layer.inputs[0] > 0 && pooled[layer.inputs[0]] && in_place(layer.inputs[0] - 1);
     }

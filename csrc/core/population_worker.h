@@ -174,10 +174,14 @@ class Worker {
       if (layer.kind == Kind::token_pair)
         add_tables<Arithmetic>(layer, packed_.get(0) + step.packed, inputs[0], out, width_);
       else if (step.keeps_slope)
-        forward_slope<Arithmetic>(layer, value(layer.inputs[0]), out, width_);
+        forward_slope<Arithmetic>(layer, value(layer.inputs[0]), out,
+                                  layer.taken.numel() * width_);
       else if (step.packs)
         products_of_[l]->run(row, packed_.get(0) + step.packed, inputs[0], out, room_.get(0),
-                             step.followed);
+                             step.followed, nullptr, [&](int64_t begin, int64_t end) {
+                               if (step.activation >= 0)
+                                 activate(step.activation, out, begin, end);
+                             });
       else if (layer.kind == Kind::linear)
         forward_linear(layer, row, inputs[0], out);
       else
@@ -187,6 +191,13 @@ class Worker {
       const int64_t input = plan_.layers[work_.norms[stage]].inputs[0];
       norms_[stage].measure(value(input), width_, here_);
     }
+  }
+
+  // Of some channels of its input, in whose place their slopes are left.
+  void activate(int64_t l, Number* from, int64_t begin, int64_t end) {
+    const int64_t channel = plan_.layers[l].taken.pixels() * width_;
+    forward_slope<Arithmetic>(plan_.layers[l], from + begin * channel,
+                              value(l + 1) + begin * channel, (end - begin) * channel);
   }
 
   // Weights as they are.
@@ -247,8 +258,10 @@ class Worker {
       if (layer.weight >= 0) job.weight = sums_.get(0) + step.weight;
       if (layer.bias >= 0) job.bias = sums_.get(0) + step.bias;
       if (step.packs_back) {
-        products_back_[l]->run(row, packed_.get(0) + step.transposed, job.grad, job.into[0],
-                               room_.get(0), false);
+        const int64_t slope = step.sloped < 0 ? -1 : plan_.layers[step.sloped].inputs[0];
+        products_back_[l]->run(row, packed_.get(0) + step.transposed, job.grad,
+                               slope < 0 ? job.into[0] : grad(slope), room_.get(0), false,
+                               slope < 0 ? nullptr : value(slope), [](int64_t, int64_t) {});
         job.into[0] = nullptr;
       }
       backward_layer<Arithmetic>(layer, job);
