@@ -91,6 +91,23 @@ WEIGHTOPS_INLINE Vector<Arithmetic> larger(const Vector<Arithmetic>& a,
   return a > b ? a : b;
 }
 
+// a < b ? a : b, lane by lane: b where either is NaN.
+template <class Arithmetic>
+WEIGHTOPS_INLINE Vector<Arithmetic> smaller(const Vector<Arithmetic>& a,
+                                            const Vector<Arithmetic>& b) {
+#if WEIGHTOPS_X86
+  if constexpr (Arithmetic::bytes > 16) {
+    Vector<Arithmetic> least;
+    if constexpr (std::is_same_v<typename Arithmetic::Number, float>)
+      asm("vminps %2, %1, %0" : "=v"(least) : "v"(a), "v"(b));
+    else
+      asm("vminpd %2, %1, %0" : "=v"(least) : "v"(a), "v"(b));
+    return least;
+  }
+#endif
+  return a < b ? a : b;
+}
+
 // The larger one, NaN where either is.
 template <class Arithmetic>
 WEIGHTOPS_INLINE Vector<Arithmetic> larger_or_nan(const Vector<Arithmetic>& a,
@@ -101,9 +118,9 @@ WEIGHTOPS_INLINE Vector<Arithmetic> larger_or_nan(const Vector<Arithmetic>& a,
 }
 
 // factors[0] x^(count - 1) + ... + factors[count - 1].
-template <class Arithmetic, int count>
-WEIGHTOPS_INLINE Vector<Arithmetic> polynomial(
-    const Vector<Arithmetic>& x, const typename Arithmetic::Number (&factors)[count]) {
+template <class Arithmetic, class Factor, int count>
+WEIGHTOPS_INLINE Vector<Arithmetic> polynomial(const Vector<Arithmetic>& x,
+                                               const Factor (&factors)[count]) {
   Vector<Arithmetic> sum = x * factors[0] + factors[1];
 #pragma GCC unroll 32
   for (int i = 2; i < count; ++i) sum = sum * x + factors[i];
@@ -120,7 +137,7 @@ WEIGHTOPS_INLINE Vector<Arithmetic> exp(const Vector<Arithmetic>& given) {
   constexpr Number most = single ? 88 : 709, least = single ? -87 : -708;
   // In this order NaN stays.
   Vector<Arithmetic> x = larger<Arithmetic>(least - Vector<Arithmetic>{}, given);
-  x = -larger<Arithmetic>(-most - Vector<Arithmetic>{}, -x);
+  x = smaller<Arithmetic>(most - Vector<Arithmetic>{}, x);
   // Adding this leaves the nearest integer in the last bits.
   constexpr Number round = single ? Number(3 << 22) : Number(int64_t(3) << 51);
   const Vector<Arithmetic> shifted = x * Number(1.4426950408889634) + round, n = shifted - round;
@@ -129,10 +146,12 @@ WEIGHTOPS_INLINE Vector<Arithmetic> exp(const Vector<Arithmetic>& given) {
   if constexpr (single) {
     x -= n * Number(0.693359375);
     x += n * Number(2.12194440e-4);
-    const Vector<Arithmetic> rest =
-        polynomial<Arithmetic>(x, {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
-                                   4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f});
-    return (rest * (x * x) + x + Number(1)) * (Vector<Arithmetic>)power;
+    // In pairs, which do not wait for each other.
+    const Vector<Arithmetic> square = x * x;
+    const Vector<Arithmetic> rest = polynomial<Arithmetic>(
+        square, {x * 1.9875691500e-4f + 1.3981999507e-3f, x * 8.3334519073e-3f + 4.1665795894e-2f,
+                 x * 1.6666665459e-1f + 5.0000001201e-1f});
+    return (rest * square + x + Number(1)) * (Vector<Arithmetic>)power;
   } else {
     x -= n * Number(6.93145751953125e-1);
     x -= n * Number(1.42860682030941723212e-6);

@@ -67,24 +67,29 @@ struct Activated {
   Vector value, slope;
 };
 
+// The long half of an activation at x: its exponential.
 template <class Arithmetic, Kind kind, class Vector = typename Arithmetic::Vector>
-WEIGHTOPS_INLINE Activated<Vector> activate_with_slope(const Vector& x) {
+WEIGHTOPS_INLINE Vector begin_activation(const Vector& x) {
   using Number = typename Arithmetic::Number;
-  if constexpr (kind == Kind::silu) {
-    const Vector share = elementary::sigmoid<Arithmetic>(x), value = x * share;
-    return {value, share + value * (Number(1) - share)};
-  }
+  if constexpr (kind == Kind::silu) return elementary::exp<Arithmetic>(-x);
+  if constexpr (kind == Kind::gelu) return elementary::exp<Arithmetic>(x * x * Number(-0.5));
+  if constexpr (kind == Kind::gelu_tanh)
+    return elementary::exp<Arithmetic>((x + x * x * x * Number(0.044715)) *
+                                       Number(-1.5957691216057308));
+}
+
+template <class Arithmetic, Kind kind, class Vector = typename Arithmetic::Vector>
+WEIGHTOPS_INLINE Activated<Vector> end_activation(const Vector& x, const Vector& power) {
+  using Number = typename Arithmetic::Number;
   if constexpr (kind == Kind::gelu) {
-    const Vector density =
-        elementary::exp<Arithmetic>(x * x * Number(-0.5)) * Number(0.39894228040143267794);
     const Vector below = elementary::normal<Arithmetic>(x);
-    return {x * below, below + x * density};
-  }
-  if constexpr (kind == Kind::gelu_tanh) {
-    const Vector u = (x + x * x * x * Number(0.044715)) * Number(1.5957691216057308);
-    const Vector share = elementary::sigmoid<Arithmetic>(u), value = x * share;
-    const Vector rise = (Number(1) + x * x * Number(3 * 0.044715)) * Number(1.5957691216057308);
-    return {value, share + value * (Number(1) - share) * rise};
+    return {x * below, below + x * power * Number(0.39894228040143267794)};
+  } else {
+    const Vector share = elementary::reciprocal<Arithmetic>(power + Number(1)), value = x * share;
+    Vector rise = value * (Number(1) - share);
+    if constexpr (kind == Kind::gelu_tanh)
+      rise *= (Number(1) + x * x * Number(3 * 0.044715)) * Number(1.5957691216057308);
+    return {value, share + rise};
   }
 }
 
@@ -95,12 +100,22 @@ WEIGHTOPS_INLINE Activated<Vector> sine_with_slope(const Vector& x,
   return {made.sine, made.cosine * factor};
 }
 
-template <class Arithmetic, class F, class Number = typename Arithmetic::Number>
-WEIGHTOPS_INLINE void forward_slope_of(int64_t count, Number* from, Number* out, F&& activated) {
+// begun(x) and ended(x, what that is) are an activation: one vector ends while the next one begins,
+// since a long chain of instructions would wait for itself.
+template <class Arithmetic, class F, class G, class Number = typename Arithmetic::Number>
+WEIGHTOPS_INLINE void forward_slope_of(int64_t count, Number* from, Number* out, F&& begun,
+                                       G&& ended) {
+  auto x = Arithmetic::load(from);
+  auto part = begun(x);
   for (int64_t at = 0; at < count; at += Arithmetic::lanes) {
-    const auto made = activated(Arithmetic::load(from + at));
+    const auto next =
+        Arithmetic::load(from + std::min(at + Arithmetic::lanes, count - Arithmetic::lanes));
+    const auto next_part = begun(next);
+    const auto made = ended(x, part);
     Arithmetic::store(out + at, made.value);
     Arithmetic::store(from + at, made.slope);
+    x = next;
+    part = next_part;
   }
 }
 
@@ -109,22 +124,28 @@ template <class Arithmetic, class Number = typename Arithmetic::Number>
 void forward_slope(const Layer& layer, Number* from, Number* out, int64_t count) {
   enter<Arithmetic::bytes>([&]() __attribute__((always_inline)) {
     using Vector = typename Arithmetic::Vector;
-    const auto run = [&](auto&& activated) __attribute__((always_inline)) {
-      forward_slope_of<Arithmetic>(count, from, out, activated);
-    };
     const auto of = [&](auto kind) __attribute__((always_inline)) {
-      run([](const Vector& x) __attribute__((always_inline)) {
-        return activate_with_slope<Arithmetic, decltype(kind)::value>(x);
-      });
+      forward_slope_of<Arithmetic>(
+          count, from, out,
+          [](const Vector& x) __attribute__((always_inline)) {
+            return begin_activation<Arithmetic, decltype(kind)::value>(x);
+          },
+          [](const Vector& x, const Vector& power) __attribute__((always_inline)) {
+            return end_activation<Arithmetic, decltype(kind)::value>(x, power);
+          });
     };
     switch (layer.kind) {
       case Kind::silu: return of(std::integral_constant<Kind, Kind::silu>{});
       case Kind::gelu: return of(std::integral_constant<Kind, Kind::gelu>{});
       case Kind::gelu_tanh: return of(std::integral_constant<Kind, Kind::gelu_tanh>{});
       default:
-        run([&](const Vector& x) __attribute__((always_inline)) {
-          return sine_with_slope<Arithmetic>(x, Number(layer.eps));
-        });
+        forward_slope_of<Arithmetic>(
+            count, from, out,
+            [&](const Vector& x) __attribute__((always_inline)) {
+              return sine_with_slope<Arithmetic>(x, Number(layer.eps));
+            },
+            [](const Vector&, const Activated<Vector>& made)
+                __attribute__((always_inline)) { return made; });
     }
   });
 }
@@ -136,7 +157,7 @@ WEIGHTOPS_INLINE Vector slope(const Vector& x, const Vector& y) {
   if constexpr (kind == Kind::tanh)
     return Number(1) - y * y;
   else
-    return activate_with_slope<Arithmetic, kind>(x).slope;
+    return end_activation<Arithmetic, kind>(x, begin_activation<Arithmetic, kind>(x)).slope;
 }
 
 template <class Arithmetic, Kind kind, class Number = typename Arithmetic::Number>

@@ -87,9 +87,9 @@ void backward_conv_weight(const Layer& layer, const Backward<Number>& job) {
             if (columns.length() <= 0) continue;
             c.height = bottom - y;
             c.width = columns.length();
-            c.left =
-                job.grad +
-                (group * outputs * made.pixels() + y * made.width + columns.begin) * width + image;
+            c.left = job.grad +
+                     (group * outputs * made.pixels() + y * made.width + columns.begin) * width +
+                     image;
             c.right =
                 job.from[0] +
                 (group * inputs * taken.pixels() + from_y * taken.width + columns.first) * width +

@@ -44,8 +44,9 @@ struct Strip {
   Number* to;
   int64_t taps[3], tap_strides[3];
   int64_t step, to_step, output_stride;
-  Number least;         // of what is written: 0 where ReLU follows
-  const Number* times;  // what is written is multiplied by this, which lies as `to` does; may be null
+  Number least;  // of what is written: 0 where ReLU follows
+  const Number*
+      times;  // what is written is multiplied by this, which lies as `to` does; may be null
 };
 
 template <class Arithmetic, int outputs, int columns>

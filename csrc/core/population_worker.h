@@ -174,13 +174,11 @@ class Worker {
       if (layer.kind == Kind::token_pair)
         add_tables<Arithmetic>(layer, packed_.get(0) + step.packed, inputs[0], out, width_);
       else if (step.keeps_slope)
-        forward_slope<Arithmetic>(layer, value(layer.inputs[0]), out,
-                                  layer.taken.numel() * width_);
+        forward_slope<Arithmetic>(layer, value(layer.inputs[0]), out, layer.taken.numel() * width_);
       else if (step.packs)
         products_of_[l]->run(row, packed_.get(0) + step.packed, inputs[0], out, room_.get(0),
                              step.followed, nullptr, [&](int64_t begin, int64_t end) {
-                               if (step.activation >= 0)
-                                 activate(step.activation, out, begin, end);
+                               if (step.activation >= 0) activate(step.activation, out, begin, end);
                              });
       else if (layer.kind == Kind::linear)
         forward_linear(layer, row, inputs[0], out);
