@@ -78,11 +78,8 @@ def test_training(networks: int, implementation: str, measure, benchmark, device
             # Of a hundredth that a step moves each weight by.
             assert away.abs().mean() < (1e-3 if medium else 1e-4)
         run = training_of(implementation, networks, steps)
-        if implementation != "weightops":
-            measure(run)
-            return
         flops = steps * TokenPairs(networks).training_flops
-        measure(run, 6 * start(networks).flat.nbytes, flops, rate=floors.peak_rate())
+        measure(run, 6 * start(networks).flat.nbytes, flops, rate=floors.peak_rate)
 
 
 LAYERS = {"weightops": token_pair_linear, **LAYER_PEERS}
@@ -99,7 +96,7 @@ def test_token_pair_linear(passes: str, implementation: str, measure, benchmark)
         f(pairs, *leaves), token_pair_linear(pairs, *leaves), rtol=1e-4, atol=1e-4
     )
     if passes == "forward":
-        measure(lambda: f(pairs, *leaves), problem.bytes, problem.flops, rate=floors.peak_rate())
+        measure(lambda: f(pairs, *leaves), problem.bytes, problem.flops, rate=floors.peak_rate)
         return
     for leaf in leaves:
         leaf.requires_grad_()
@@ -108,7 +105,7 @@ def test_token_pair_linear(passes: str, implementation: str, measure, benchmark)
         lambda: torch.autograd.grad(f(pairs, *leaves), leaves, grad),
         problem.bytes + problem.backward_bytes,
         3 * problem.flops,
-        rate=floors.peak_rate(),
+        rate=floors.peak_rate,
     )
 
 
@@ -120,4 +117,4 @@ def test_fourier_signal(networks: int, implementation: str, measure, benchmark) 
     embedding = problem.make()
     f = {"weightops": fourier_signal, **SIGNALS}[implementation]
     torch.testing.assert_close(f(embedding), fourier_signal(embedding), rtol=1e-4, atol=1e-4)
-    measure(lambda: f(embedding), problem.bytes, problem.flops, rate=floors.peak_rate())
+    measure(lambda: f(embedding), problem.bytes, problem.flops, rate=floors.peak_rate)

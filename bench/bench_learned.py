@@ -53,7 +53,7 @@ def test_functional(name: str, implementation: str, measure, benchmark, device) 
     problem = PROBLEMS[name]
     given, f = problem.make(), FUNCTIONALS[implementation]
     torch.testing.assert_close(f(*given), functional(*given), rtol=1e-3, atol=1e-3)
-    measure(lambda: f(*given), problem.bytes, problem.flops, rate=floors.peak_rate())
+    measure(lambda: f(*given), problem.bytes, problem.flops, rate=floors.peak_rate)
 
 
 @pytest.mark.parametrize("implementation", ["weightops", "adamw-step"])
@@ -81,7 +81,7 @@ def test_step(implementation: str, measure, benchmark, device) -> None:
     differentiate()
     problem = PROBLEMS["mlp 784-128-128-10"]
     # Momenta and weights are written too.
-    measure(optimizer.step, 2 * problem.bytes, problem.flops, rate=floors.peak_rate())
+    measure(optimizer.step, 2 * problem.bytes, problem.flops, rate=floors.peak_rate)
     benchmark.extra_info["functional_ms"] = 1e3 * optimizer.measure(100).functional_seconds
 
 
@@ -132,7 +132,7 @@ def test_meta_training(implementation: str, measure, benchmark, device) -> None:
             lambda: fresh.unroll(own, inner, psi, rows, 1e9),
             STEPS * 2 * problem.bytes,
             flops,
-            rate=floors.peak_rate(),
+            rate=floors.peak_rate,
         )
         given = problem.make()
         seconds = STEPS * best_time(lambda: functional(*given), 0.5)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from itertools import count
 
 import floors
 import pytest
@@ -28,7 +30,8 @@ def device() -> str:
 def measure(benchmark, device):
     """``measure(f, bytes, flops, dtype)`` times ``f`` and records the floor measured in this run.
 
-    ``rate``, FLOPs per second, takes the place of ``torch.mm``'s.
+    ``rate`` takes the place of ``torch.mm``'s FLOPs per second. It is asked between rounds of ``f``,
+    since a clock that moves does so for both.
     """
 
     def run(
@@ -36,13 +39,20 @@ def measure(benchmark, device):
         bytes_moved: int | None = None,
         flops: int = 0,
         dtype: torch.dtype = torch.float32,
-        rate: float | None = None,
+        rate: Callable[[], float] | None = None,
     ) -> None:
         if benchmark.disabled:
             benchmark.pedantic(f)
             return
-        rounds = max(5, min(300, int(1 / (best_time(f, 0.0) + 1e-7))))
-        benchmark.pedantic(f, rounds=rounds, warmup_rounds=2)
+        rounds = max(10 if rate else 5, min(300, int(1 / (best_time(f, 0.0) + 1e-7))))
+        rates: list[float] = []
+        since = count()
+
+        def ask() -> None:
+            if rate and next(since) % (rounds // 10) == 0:
+                rates.append(rate())
+
+        benchmark.pedantic(f, setup=ask, rounds=rounds, warmup_rounds=2)
         took = benchmark.stats.stats.min
         if device == "cuda":
             # What the clock saw above is the launch.
@@ -51,7 +61,7 @@ def measure(benchmark, device):
         if bytes_moved:
             floor = bytes_moved / floors.copy_bandwidth(bytes_moved, device)
             if flops:
-                floor = max(floor, flops / (rate or floors.flop_rate(device, dtype)))
+                floor = max(floor, flops / max(rates or [floors.flop_rate(device, dtype)]))
             benchmark.extra_info.update(
                 bytes=bytes_moved,
                 gb_per_s=round(bytes_moved / took / 1e9, 2),
