@@ -17,7 +17,7 @@ $(VENV)/ready: constraints.txt
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt setuptools wheel cmake ninja pybind11 build \
 		numpy scipy rich matplotlib mlxtend scikit-learn lapx nfn einops safetensors diffusers triton \
-		pytest pytest-benchmark hypothesis expecttest ruff mypy clang-format pre-commit graphviz tqdm
+		pytest pytest-benchmark pytest-xdist hypothesis expecttest ruff mypy clang-format pre-commit graphviz tqdm
 	# timm without torchvision, whose wheels load only into the torch that they were built with
 	# (bench/condconv.py), and rebasin, whose dependencies would bring a torch of their own.
 	$(BIN)/pip install -q -c constraints.txt --no-deps timm rebasin torchview
@@ -51,9 +51,13 @@ reproduce-prediction: build
 reproduce-optimizer: build
 	$(BIN)/python examples/reproduce_unf_optimizer.py
 
+# Two processes, whose threads do not spin while they wait. Then the transforms without compiled
+# libraries; what is traced there is the same.
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: build
-	$(BIN)/python -m pytest
-	WEIGHTOPS_REQUIRE_NATIVE= WEIGHTOPS_DISABLE_NATIVE=1 $(BIN)/python -m pytest -q tests/test_transforms.py
+	$(PYTEST)
+	WEIGHTOPS_REQUIRE_NATIVE= WEIGHTOPS_DISABLE_NATIVE=1 $(PYTEST) -q tests/test_transforms.py -k "not traced"
 
 slow: build
 	$(BIN)/python -m pytest -m slow

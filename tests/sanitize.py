@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -40,29 +41,27 @@ def run(*command: str | Path, **environment: str) -> None:
     )
 
 
+def core(name: str, flags: list[str], source: Path) -> None:
+    program = BUILD / f"{source.stem}-{name}"
+    compiler = ["c++", "-std=c++17", "-O1", "-g", *WARNINGS, *flags]
+    run(*compiler, source, "-o", program, "-pthread")
+    for isa in ("avx512", "avx2", "generic"):
+        run(program, WEIGHTOPS_ISA=isa)
+
+
 def cores() -> None:
-    for name, flags in (
-        ("address", ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]),
-        ("thread", ["-fsanitize=thread"]),
-    ):
-        for source in sorted((ROOT / "csrc" / "tests").glob("*.cpp")):
-            if name == "thread" and "<thread>" not in source.read_text():
-                continue
-            program = BUILD / f"{source.stem}-{name}"
-            run(
-                "c++",
-                "-std=c++17",
-                "-O1",
-                "-g",
-                *WARNINGS,
-                *flags,
-                source,
-                "-o",
-                program,
-                "-pthread",
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        started = [
+            pool.submit(core, name, flags, source)
+            for name, flags in (
+                ("address", ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]),
+                ("thread", ["-fsanitize=thread"]),
             )
-            for isa in ("avx512", "avx2", "generic"):
-                run(program, WEIGHTOPS_ISA=isa)
+            for source in sorted((ROOT / "csrc" / "tests").glob("*.cpp"))
+            if name == "address" or "<thread>" in source.read_text()
+        ]
+        for each in started:
+            each.result()
 
 
 def library() -> None:
@@ -78,8 +77,9 @@ def library() -> None:
         for name in ("libasan.so", "libstdc++.so")
     ]
     run(
-        sys.executable, "-m", "pytest", "-q", "-x", *NATIVE_TESTS, "-m", "not slow", "-k", "not other_backends",
-        "-p", "no:cacheprovider",
+        *(sys.executable, "-m", "pytest", "-q", "-x", "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider"),
+        *(*NATIVE_TESTS, "-m", "not slow", "-k", "not other_backends"),
+        OMP_WAIT_POLICY="passive",
         LD_PRELOAD=" ".join(runtime),
         ASAN_OPTIONS="detect_leaks=0:verify_asan_link_order=0",
         UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1",
