@@ -27,9 +27,15 @@ class Study:
 
 
 FULL = Study(experiment.Recipe())
-LONG = Study(experiment.Recipe(horizon=500, iterations=1000, further=1000, every=50), seeds=5)
+LONG = Study(
+    experiment.Recipe(horizon=500, iterations=1000, further=1000, mlp_further=1000, every=50),
+    seeds=5,
+)
 QUICK = Study(
-    experiment.Recipe(networks=8, iterations=10, further=10, every=10, particles=4, chosen_by=4),
+    experiment.Recipe(
+        **{"networks": 8, "chosen_by": 4, "particles": 4},
+        **{"iterations": 10, "further": 10, "mlp_further": 10, "every": 10},
+    ),
     (MLP,),
     1,
 )

@@ -20,6 +20,7 @@ from weightops.learned import Functional, MetaTraining, meta_train, start, step
 CHOICE, REPORT = 1, 2
 #: Adam's learning rate and the shifts' deviation, smaller where f sums up more
 STRIDES = {"deep_sets": (3e-3, 3e-3), "unf": (3e-4, 1e-3)}
+MLP_STRIDES = STRIDES | {"unf": (8e-4, 1e-3)}
 #: hidden units of MLPs that are trained by what was learned on another one
 WIDTHS = (64, 128)
 KINDS = ("Deep Sets", "UNF")
@@ -42,6 +43,8 @@ class Recipe:
     #: first as Deep Sets, then as either
     iterations: int = 60
     further: int = 60
+    #: the MLP's, which is quick: until Deep Sets gains no more
+    mlp_further: int = 300
     #: after so many a functional is tried on networks, and the best one is kept
     every: int = 20
     particles: int = 16
@@ -139,7 +142,8 @@ def learn(name: str, seed: int, first: list[float], recipe: Recipe) -> Results:
         functional.weights[-1].mul_(0.01)
     # Near the largest rates that networks bear, losses tell little of small shifts.
     numbers = {"alpha": first[0] / 2, "momentum": max(first[1], 0.1), "beta": 0.3}
-    common = meta_trained(task, functional, numbers, recipe.iterations, recipe, seed)
+    common = meta_trained(name, functional, numbers, recipe.iterations, recipe, seed)
+    further = recipe.mlp_further if name == MLP else recipe.further
     found = {}
     for kind in KINDS:
         begun = (
@@ -148,7 +152,7 @@ def learn(name: str, seed: int, first: list[float], recipe: Recipe) -> Results:
             else with_all_terms(common.best.functional)
         )
         numbers = {each: getattr(common.best, each) for each in numbers}
-        again = meta_trained(task, begun, numbers, recipe.further, recipe, seed + SECOND)
+        again = meta_trained(name, begun, numbers, further, recipe, seed + SECOND)
         best = again.best
         found[kind] = {
             "parameters": begun.num_parameters,
@@ -193,18 +197,20 @@ class Learned:
 
 
 def meta_trained(
-    task: Task,
+    name: str,
     functional: Functional,
     numbers: dict[str, float],
     iterations: int,
     recipe: Recipe,
     seed: int,
 ) -> Learned:
+    task = TASKS[name]
     model, _ = traced(task)
+    strides = (MLP_STRIDES if name == MLP else STRIDES)[functional.kind]
     options: Results = {
         **{"particles": recipe.particles, "truncation": recipe.truncation},
         **{"horizon": recipe.horizon, "batch_size": recipe.batch, "most": task.worst},
-        **dict(zip(("lr", "sigma"), STRIDES[functional.kind], strict=True)),
+        **dict(zip(("lr", "sigma"), strides, strict=True)),
         **{"seed": seed, "progress": False},
         **numbers,
     }
